@@ -1,0 +1,42 @@
+"""Operand checks that the operations share."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import packing
+from pallas_kernels.formats import DeltaFormat
+from pallas_kernels.random_bits import key_words, stream_keys
+
+
+def float32_array(x, name: str) -> jax.Array:
+  """x as an array, which has to be float32."""
+  x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+  if x.dtype != jnp.float32:
+    raise TypeError(f"{name} is float32; got {x.dtype}{list(x.shape)}.")
+  return x
+
+
+def stream_of(key, fmt: DeltaFormat | None, what: str) -> jax.Array | None:
+  """The stream's words for a user's key; None where the format draws nothing."""
+  if fmt is not None and not fmt.needs_key:
+    return None
+  if key is None:
+    raise ValueError(f"{what} rounds stochastically and needs a key: pass key=jax.random.key(...).")
+  return stream_keys(key_words(key))[0]
+
+
+def residual(low: jax.Array, delta: jax.Array | None, fmt: DeltaFormat):
+  """Checks that a weight and its residual belong to a format and to each other."""
+  if low.dtype != fmt.dtype:
+    raise TypeError(f"The weight of format {fmt.name} is {fmt.dtype}; got {low.dtype}.")
+  expected = packing.stored_struct(low.shape, fmt)
+  found = None if delta is None else (delta.shape, delta.dtype)
+  if found != (expected and (expected.shape, expected.dtype)):
+    raise ValueError(
+        f"The residual of a {fmt.name} weight of shape {low.shape} is"
+        f" {_describe(expected)}; got {_describe(delta)}."
+    )
+
+
+def _describe(x) -> str:
+  return "None" if x is None else f"{x.dtype}{list(x.shape)}"

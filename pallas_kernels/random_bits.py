@@ -1,0 +1,148 @@
+"""The random stream: 32 bits for (key, step, leaf, 64-bit element index).
+
+Counter based, so that an element's bits do not depend on how its array is
+tiled or sharded, and nothing is stored. Two stages:
+
+- once a leaf, Threefry-2x32 (`jax.extend.random`) turns key, step and leaf
+  name into two 32-bit words, so that related seeds, consecutive steps and
+  neighbouring leaves give unrelated words;
+- once an element, a 32-bit mixer of three multiplications turns the index and
+  these words into the bits. The multipliers and shifts are those of Wellons'
+  `triple32` (hash-prospector; exact bias 0.021 of 1), a search's best
+  three-round mixer. The first word enters before the first round and the
+  second in the middle, so that two leaves' streams are not permutations of
+  one sequence by an exclusive or. It costs 13 integer instructions an element
+  (`benchmarks/random_stream.py --count` counts them in the H100's code), of
+  the about 45 that an H100 can issue while it moves the 10 bytes of an
+  element's update. Philox-2x32-7 and Threefry-2x32-13 cost about 28 and 45
+  and gain nothing that the tests can see.
+
+How good the bits are, in the ways they are used (consecutive elements, steps,
+leaves, seeds; low and high bits): `tests/test_random_bits.py`, and the
+Dieharder battery by `benchmarks/random_stream.py`, whose output is kept in
+`docs/random_stream.md`.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+
+_U32 = jnp.uint32
+_MASK = 0xFFFFFFFF
+
+
+def key_words(key: jax.typing.ArrayLike) -> jax.Array:
+  """An integer seed or a key array as raw key data.
+
+  Args:
+    key: an integer seed, a typed key, or raw key data (uint32 [2] or [4]).
+
+  Returns:
+    uint32 [2].
+
+  Raises:
+    TypeError: for anything else.
+  """
+  if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    words = jax.random.key_data(key)
+  elif not isinstance(key, bool) and jnp.ndim(key) == 0 and _is_integer(key):
+    words = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+  else:
+    words = key if isinstance(key, jax.Array) else jnp.asarray(key)
+  if words.dtype != jnp.uint32 or words.shape not in ((2,), (4,)):
+    raise TypeError(
+        "key is an integer seed, a jax.random key, or raw key data (uint32 [2]"
+        f" or [4]); got {words.dtype}{list(words.shape)}."
+    )
+  if words.shape == (4,):  # RBG keys: two words keyed by the other two
+    words = jax.extend.random.threefry_2x32((words[0], words[1]), words[2:])
+  return words
+
+
+def _is_integer(x) -> bool:
+  return isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", None), jnp.integer)
+
+
+def leaf_id(path: str) -> tuple[int, int]:
+  """64 bits that name a leaf, from its path: equal wherever the path is."""
+  digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
+  return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def stream_keys(
+    words: jax.Array, step: jax.typing.ArrayLike = 0, leaf_ids: Sequence[tuple[int, int]] = ((0, 0),)
+) -> jax.Array:
+  """The two words that key each leaf's stream at one step.
+
+  Args:
+    words: raw key data, uint32 [2].
+    step: the step's number, an integer scalar.
+    leaf_ids: for each of L leaves, 64 bits that name it (`leaf_id`).
+
+  Returns:
+    uint32 [L, 2].
+  """
+  step_word = jnp.asarray(step).astype(_U32)
+  count = jnp.stack([step_word, jnp.zeros_like(step_word)])
+  k = jax.extend.random.threefry_2x32((words[0], words[1]), count)
+  first, second = zip(*leaf_ids, strict=True)
+  flat = jnp.array([*first, *second], _U32)
+  return jax.extend.random.threefry_2x32((k[0], k[1]), flat).reshape(2, -1).T
+
+
+def element_bits(key, index, index_high=0):
+  """32 random bits for each element; any shape, on arrays or on tiles.
+
+  Args:
+    key: the two uint32 scalars of one row of `stream_keys`.
+    index: uint32, the low half of the element's place in the whole array.
+    index_high: uint32 (or 0), the high half of it.
+
+  Returns:
+    uint32 of index's shape.
+  """
+  k0, k1 = key
+  h = index ^ k0
+  h = (h ^ (h >> _U32(17))) * _U32(0xED5AD4BB)
+  k1 = k1 ^ (index_high * _U32(0x9E3779B9))
+  h = (h ^ (h >> _U32(11))) * _U32(0xAC4C1B51) + k1
+  h = (h ^ (h >> _U32(15))) * _U32(0x31848BAB)
+  return h ^ (h >> _U32(14))
+
+
+def element_index(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | int]:
+  """Each element's place in a row-major array, as two uint32 halves.
+
+  Written as sums of iotas, so that XLA computes it in registers and partitions
+  it along any axis.
+  """
+  low = jnp.zeros(shape, _U32)
+  high: jax.Array | int = jnp.zeros(shape, _U32) if math.prod(shape) > 1 << 32 else 0
+  stride = 1
+  for axis in reversed(range(len(shape))):
+    i = jax.lax.broadcasted_iota(_U32, shape, axis)
+    term = i * _U32(stride & _MASK)
+    total = low + term
+    if math.prod(shape) > 1 << 32:
+      carry = (total < low).astype(_U32)
+      high = high + jax.lax.mulhi(i, _U32(stride & _MASK)) + i * _U32(stride >> 32) + carry
+    low = total
+    stride *= shape[axis]
+  return low, high
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The stream of a whole array.
+
+  Args:
+    key: uint32 [2], one row of `stream_keys`.
+    shape: the array's shape.
+
+  Returns:
+    uint32 of that shape.
+  """
+  return element_bits((key[0], key[1]), *element_index(shape))
