@@ -25,15 +25,14 @@ def stream_of(key, fmt: DeltaFormat | None, what: str) -> jax.Array | None:
   return stream_keys(key_words(key))[0]
 
 
-def residual(low: jax.Array, delta: jax.Array | None, fmt: DeltaFormat):
+def residual(low: jax.Array, delta: jax.Array | None, fmt: DeltaFormat, what: str = "The weight"):
   """Checks that a weight and its residual belong to a format and to each other."""
   if low.dtype != fmt.dtype:
-    raise TypeError(f"The weight of format {fmt.name} is {fmt.dtype}; got {low.dtype}.")
+    raise TypeError(f"{what} is {low.dtype}; its format {fmt.name} is for {fmt.dtype}.")
   expected = packing.stored_struct(low.shape, fmt)
-  found = None if delta is None else (delta.shape, delta.dtype)
-  if found != (expected and (expected.shape, expected.dtype)):
+  if _describe(delta) != _describe(expected):
     raise ValueError(
-        f"The residual of a {fmt.name} weight of shape {low.shape} is"
+        f"{what} of shape {low.shape} in format {fmt.name} has the residual"
         f" {_describe(expected)}; got {_describe(delta)}."
     )
 

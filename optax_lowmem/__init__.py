@@ -1,0 +1,25 @@
+"""Low-memory training for JAX: half-precision weights that lose nothing.
+
+`import optax_lowmem as lowmem`; see the README.
+"""
+
+from optax_lowmem._api import init as init
+from optax_lowmem._api import load_master as load_master
+from optax_lowmem._api import master_params as master_params
+from optax_lowmem._api import step as step
+from optax_lowmem._delta_bits import DeltaBitsState as DeltaBitsState
+from optax_lowmem._delta_bits import delta_bits as delta_bits
+from optax_lowmem._loss_scale import LossScaleState as LossScaleState
+from optax_lowmem._loss_scale import dynamic_loss_scale as dynamic_loss_scale
+from optax_lowmem._loss_scale import loss_scale as loss_scale
+from optax_lowmem._loss_scale import scale_loss as scale_loss
+from optax_lowmem._loss_scale import static_loss_scale as static_loss_scale
+from optax_lowmem._memory import MemoryTable as MemoryTable
+from optax_lowmem._memory import memory_table as memory_table
+from optax_lowmem._train_state import TrainState as TrainState
+from pallas_kernels import DeltaFormat as DeltaFormat
+from pallas_kernels import merge as merge
+from pallas_kernels import split as split
+from pallas_kernels import stochastic_round as stochastic_round
+
+__version__ = "0.1.0"

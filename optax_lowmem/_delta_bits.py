@@ -1,0 +1,348 @@
+"""delta_bits: half-precision weights whose float32 master is kept in residual bits."""
+
+from collections.abc import Callable, Hashable
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem import _session, _tree
+from optax_lowmem._loss_scale import LossScaleState
+from pallas_kernels import DeltaFormat, arithmetic, checks, packing
+from pallas_kernels.apply_update import apply_update_stream
+from pallas_kernels.merge import merge
+from pallas_kernels.random_bits import key_words, leaf_id, stream_keys
+from pallas_kernels.split import split_stream
+
+Weights = Any  # a format, a pytree prefix of formats, or a callable (path, leaf) -> format
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Formats:
+  """The formats of the leaves that a state holds: static, part of the tree's structure.
+
+  An empty table equals every other: `optax.tree.map_params` compares a state
+  with the one that `init` makes of a placeholder without leaves.
+  """
+
+  table: tuple[tuple[str, DeltaFormat], ...] = ()
+
+  def __eq__(self, other):
+    if not isinstance(other, Formats):
+      return NotImplemented
+    return not self.table or not other.table or self.table == other.table
+
+  def __hash__(self):
+    return hash(Formats)
+
+  def get(self, name: str) -> DeltaFormat | None:
+    """The format of a leaf, or None where it is left alone."""
+    return self.by_name.get(name)
+
+  @functools.cached_property
+  def by_name(self) -> dict[str, DeltaFormat]:
+    """The table as a dictionary."""
+    return dict(self.table)
+
+
+# Nothing to save: a state is restored into one of the same transformation.
+flax.serialization.register_serialization_state(
+    Formats, lambda formats: {}, lambda formats, state: formats
+)
+
+
+class DeltaBitsState(NamedTuple):
+  """State of `delta_bits`.
+
+  Attributes:
+    step: int32 scalar, the updates so far; it numbers the random bits.
+    key: uint32 [2], raw key data.
+    residuals: the parameters' tree, each leaf packed as
+      `pallas_kernels.packing` describes, or None where there is none.
+    inner_state: the wrapped transformation's, over float32 master weights.
+    formats: static, the formats by leaf name.
+  """
+
+  step: jax.Array
+  key: jax.Array
+  residuals: Any
+  inner_state: Any
+  formats: Formats
+
+
+def delta_bits(
+    inner: optax.GradientTransformation | None = None,
+    weights: Weights = "bf16+8",
+    *,
+    key: jax.typing.ArrayLike = 0,
+    update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps weights in half precision, and what a float32 master adds in a few bits.
+
+  Wraps any transformation, which then sees the float32 master weights and
+  float32 gradients; or, without one, stands last in a chain:
+  `optax.chain(optax.adamw(lr), lowmem.delta_bits())`. The updates are such that
+  `optax.apply_updates` gives exactly the weights that the new residuals belong
+  to (up to the sign of zero). Where no float32 update can do that (a weight
+  that crosses zero to a far smaller one, or leaves infinity), the residual
+  follows the weight that is reached; `lowmem.step` has no such limit.
+
+  Leaves that are not half precision pass through with inner's own behaviour.
+
+  Args:
+    inner: the transformation to wrap; `optax.identity()` by default.
+    weights: a format such as "bf16+8", "fp16+8", "bf16+0" or "fp32" (leave
+      alone), a pytree prefix of formats, or a callable `(path, leaf) -> format`
+      with path as in `jax.tree_util.tree_map_with_path`.
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+    update_dtype: float32, or "gradient" for wrappers that demand updates in
+      the gradient's dtype (`optax.apply_if_finite` on bfloat16 gradients). Then
+      the master value is clamped to the cell of the weight that such a coarse
+      update reaches, an error of at most 2**-8 of the update.
+
+  Returns:
+    A transformation with a `DeltaBitsState`.
+
+  Raises:
+    ValueError: for an unknown format, missing params, gradients or residuals
+      that do not belong to the parameters, or a hyperparameter of `inner` that
+      is traced in half precision (pass `hyperparam_dtype=jnp.float32` to
+      `optax.inject_hyperparams`). The leaf is named.
+    TypeError: for a half-precision leaf of another dtype than its format's.
+
+  Examples:
+    >>> tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
+    >>> params, opt_state = lowmem.init(tx, params)
+    >>> updates, opt_state = tx.update(grads, opt_state, params)
+    >>> params = optax.apply_updates(params, updates)
+
+  References:
+    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
+    section 3.1; [Mixed Precision Training](https://arxiv.org/abs/1710.03740),
+    section 3.1
+  """
+  inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+  _refuse_half_hyperparameters(inner)
+  _check_update_dtype(update_dtype)
+  if not callable(weights):
+    weights = jax.tree.map(DeltaFormat.parse, weights)
+
+  def init_fn(params):
+    words = key_words(key)
+    session = _session.current(_session.InitSession)
+    formats = _formats_for(weights, params, converting=session is not None)
+    streams = _streams(words, 0, formats)
+    residuals, masters = {}, {}
+    for name, leaf in _tree.named_leaves(params).items():
+      fmt = formats.get(name)
+      if fmt is None:
+        continue
+      if leaf.dtype == jnp.float32:
+        low, residuals[name] = split_stream(leaf, fmt, streams[name])
+        session.convert(name, low)
+        masters[name] = merge(low, residuals[name], fmt)
+      else:
+        struct = packing.stored_struct(leaf.shape, fmt)
+        residuals[name] = None if struct is None else _zeros(leaf, struct)
+        masters[name] = arithmetic.widen(leaf)
+    if session is not None:
+      session.found_ours = True
+    return DeltaBitsState(
+        step=jnp.zeros([], jnp.int32),
+        key=words,
+        residuals=_tree.map_named(lambda name, _: residuals.get(name), params),
+        inner_state=inner.init(_tree.map_named(masters.get, params)),
+        formats=formats,
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError("delta_bits needs params: tx.update(grads, state, params); got None.")
+    _tree.check_gradients(updates, params)
+    formats = state.formats
+    weights_by_name = _tree.named_leaves(params)
+    residuals = _check_residuals(state.residuals, weights_by_name, formats)
+    grads_by_name = _tree.named_leaves(updates)
+
+    def master(name, leaf):
+      fmt = formats.get(name)
+      return leaf if fmt is None else merge(leaf, residuals.get(name), fmt)
+
+    def wide(name, g):
+      return g if formats.get(name) is None else jnp.asarray(g).astype(jnp.float32)
+
+    inner_updates, inner_state = inner.update(
+        _tree.map_named(wide, updates),
+        state.inner_state,
+        _tree.map_named(master, params),
+        **extra_args,
+    )
+    next_step = state.step + _was_taken(state.inner_state, inner_state)
+    streams = _streams(state.key, next_step, formats)
+    session = _session.current(_session.StepSession)
+    new_residuals = {}
+
+    def land(name, u):
+      fmt = formats.get(name)
+      if fmt is None:
+        return u
+      low, u = weights_by_name[name], u.astype(jnp.float32)
+      new_low, residual = apply_update_stream(low, residuals.get(name), u, fmt, streams[name])
+      if session is not None:
+        new_residuals[name] = residual
+        return _session.Landed(new_low, session)
+      dtype = jnp.result_type(grads_by_name[name]) if update_dtype == "gradient" else update_dtype
+      delta = packing.unpack(residual, low.shape, fmt)
+      u, delta = arithmetic.land_values(low, new_low, delta, fmt, dtype)
+      new_residuals[name] = packing.pack(delta, fmt)
+      return u
+
+    new_updates = _tree.map_named(land, inner_updates)
+    new_state = DeltaBitsState(
+        step=next_step,
+        key=state.key,
+        residuals=_tree.map_named(lambda name, _: new_residuals.get(name), params),
+        inner_state=inner_state,
+        formats=formats,
+    )
+    return new_updates, new_state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_update_dtype(update_dtype):
+  if update_dtype == "gradient":
+    return
+  if isinstance(update_dtype, str) or jnp.dtype(update_dtype) != jnp.float32:
+    raise ValueError(f'update_dtype is jnp.float32 or "gradient"; got {update_dtype!r}.')
+
+
+def _formats_for(weights, params, *, converting: bool) -> Formats:
+  """The format of each leaf that will have one; checks each leaf's dtype against it."""
+  find = weights if callable(weights) else _prefix_lookup(weights, params)
+  table = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = _tree.name_of(path)
+    fmt = DeltaFormat.parse(find(path, leaf))
+    if _tree.is_half(leaf) and leaf.dtype != fmt.dtype:
+      raise TypeError(
+          f"params{name} is {leaf.dtype}, but its format {fmt.name} is for {fmt.dtype}; pass the"
+          " matching format in weights=, or float32 parameters to lowmem.init."
+      )
+    is_converted = converting and jnp.result_type(leaf) == jnp.float32
+    if not fmt.is_full_precision and (_tree.is_half(leaf) or is_converted):
+      table.append((name, fmt))
+  return Formats(tuple(table))
+
+
+def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
+  """Looks a leaf's format up in a pytree prefix of the parameters."""
+  prefix = dict(jax.tree_util.tree_leaves_with_path(weights))
+  used: set[Hashable] = set()
+
+  def find(path, leaf=None):
+    del leaf
+    for length in range(len(path) + 1):
+      if path[:length] in prefix:
+        used.add(path[:length])
+        return prefix[path[:length]]
+    raise ValueError(f"weights= has no format for params{_tree.name_of(path)}.")
+
+  for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked):
+    find(path)
+  has_masked = any(_is_masked(x) for x in jax.tree.leaves(params, is_leaf=_is_masked))
+  for path in prefix:
+    if path and path not in used and not has_masked and jax.tree.leaves(params):
+      raise ValueError(f"weights= has a format for {_tree.name_of(path)}, which params do not have.")
+  return find
+
+
+def _is_masked(x) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def _streams(words, step, formats: Formats) -> dict[str, jax.Array]:
+  """Each leaf's words of the random stream at a step."""
+  names = [name for name, _ in formats.table]
+  if not names:
+    return {}
+  keys = stream_keys(words, step, [leaf_id(name) for name in names])
+  return {name: keys[i] for i, name in enumerate(names)}
+
+
+def _zeros(leaf, struct: jax.ShapeDtypeStruct) -> jax.Array:
+  if struct.shape == leaf.shape:
+    return jnp.zeros_like(leaf, dtype=struct.dtype)  # keeps the leaf's sharding
+  return jnp.zeros(struct.shape, struct.dtype)
+
+
+def _check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, jax.Array]:
+  """The residuals by leaf name, each checked against its weight."""
+  by_name = _tree.named_leaves(residuals)
+  for name, leaf in weights_by_name.items():
+    fmt = formats.get(name)
+    if fmt is None:
+      if _tree.is_half(leaf):
+        raise TypeError(
+            f"params{name} is {leaf.dtype}, but it had no format when the state was made from"
+            " float32 parameters. Make the state with lowmem.init(tx, params32), or after casting."
+        )
+      continue
+    checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
+  for name, _ in formats.table:
+    if name not in weights_by_name:
+      raise ValueError(f"The state holds a residual for params{name}, which params do not have.")
+  return by_name
+
+
+def _was_taken(old_inner, new_inner) -> jax.Array | int:
+  """1, or 0 where a loss scale inside skipped the step: then no random bits are used up."""
+  skips = [
+      new.skipped != old.skipped
+      for old, new in zip(
+          _tree.find_states(old_inner, LossScaleState),
+          _tree.find_states(new_inner, LossScaleState),
+          strict=True,
+      )
+  ]
+  if not skips:
+    return 1
+  return 1 - jnp.any(jnp.stack(skips)).astype(jnp.int32)
+
+
+def _refuse_half_hyperparameters(inner: optax.GradientTransformation):
+  """Raises if `inner` closes over a traced half-precision scalar.
+
+  `optax.inject_hyperparams` casts hyperparameters to the parameters' dtype,
+  and b2 = 0.999 is 1.0 in bfloat16.
+  """
+  seen: set[int] = set()
+  pending: list[Any] = [inner.init, inner.update]
+  while pending:
+    x = pending.pop()
+    if id(x) in seen:
+      continue
+    seen.add(id(x))
+    if isinstance(x, jax.core.Tracer):
+      if jnp.ndim(x) == 0 and _tree.is_half(x):
+        raise ValueError(
+            f"A hyperparameter arrives as a traced {x.dtype} value, in which b2 = 0.999 is 1."
+            " Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
+        )
+    elif isinstance(x, functools.partial):
+      pending += [x.func, *x.args, *x.keywords.values()]
+    elif isinstance(x, (tuple, list)):
+      pending += x
+    elif isinstance(x, dict):
+      pending += x.values()
+    elif callable(x):
+      for cell in getattr(x, "__closure__", None) or ():
+        try:
+          pending.append(cell.cell_contents)
+        except ValueError:  # a variable that is not assigned yet
+          pass

@@ -1,0 +1,115 @@
+"""How `init` and `step` reach through an Optax transformation to our members.
+
+Optax's combinators keep their members in closures. So `init` and `step` open a
+session around `tx.init` and `tx.update`, and our members find it:
+
+- under `init`, they turn float32 leaves into their formats and leave the
+  weights in the session;
+- under `step`, they return a `Landed` in the place of an update: the new
+  weight itself. Chain, masked and partition hand it through untouched.
+  Whatever computes with it stands behind our member and is refused by name.
+
+A session holds in the trace that opened it. Inside `lax.cond` (MultiSteps,
+apply_if_finite) our members see none and return ordinary updates.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+from jax.extend.core import get_opaque_trace_state
+
+_current: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_session", default=None)
+
+
+@dataclasses.dataclass
+class InitSession:
+  """What our members did with the parameters: the weights by leaf name."""
+
+  trace: Any
+  weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  found_ours: bool = False
+
+  def convert(self, name: str, low: jax.Array):
+    """Records the weight that a member keeps for a float32 leaf."""
+    if name in self.weights:
+      raise ValueError(
+          f"params{name} is held by two delta_bits in one transformation; mask one of them."
+      )
+    self.weights[name] = low
+
+
+@dataclasses.dataclass
+class StepSession:
+  """The landed weights that have not reached `step` yet."""
+
+  trace: Any
+  landed: "set[Landed]" = dataclasses.field(default_factory=set)
+
+
+@contextlib.contextmanager
+def open_session(kind):
+  """Opens an InitSession or a StepSession for the members called inside."""
+  session = kind(trace=get_opaque_trace_state(convention="flax"))
+  token = _current.set(session)
+  try:
+    yield session
+  finally:
+    _current.reset(token)
+
+
+def current(kind):
+  """The open session of this kind and of this trace, or None."""
+  session = _current.get()
+  if isinstance(session, kind) and session.trace == get_opaque_trace_state(convention="flax"):
+    return session
+  return None
+
+
+class Landed:
+  """A leaf of `updates` inside `step`: the new weight, no update to add."""
+
+  def __init__(self, low: jax.Array, session: StepSession):
+    self.low = low
+    self._session = session
+    session.landed.add(self)
+
+  def take(self) -> jax.Array:
+    """The weight; each has to be taken once."""
+    self._session.landed.remove(self)
+    return self.low
+
+  def map(self, f) -> "Landed":
+    """This leaf with f of its weight (a wrapper of ours)."""
+    return Landed(f(self.take()), self._session)
+
+  def __getattr__(self, name):
+    _refuse_member_behind()
+
+  def _touched(self, *args, **kwargs):
+    _refuse_member_behind()
+
+
+for _operator in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul"
+    " rmatmul neg pos abs lt le gt ge array iter len getitem float int bool jax_array"
+).split():
+  setattr(Landed, f"__{_operator}__", Landed._touched)
+
+
+def _refuse_member_behind():
+  member = "a transformation"
+  frame = sys._getframe(2)
+  while frame is not None:
+    parts = frame.f_code.co_qualname.split(".<locals>.")
+    if len(parts) > 1 and parts[-1].startswith("update"):
+      member = parts[0]
+      break
+    frame = frame.f_back
+  raise ValueError(
+      f"lowmem.step: {member} stands behind a transformation of optax_lowmem, where its update"
+      " could not land: the new weights and residuals are already written. Put it in front."
+  )
