@@ -133,7 +133,7 @@ def delta_bits(
     weights = jax.tree.map(DeltaFormat.parse, weights)
 
   def init_fn(params):
-    words = key_words(key)
+    words = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
     session = _session.current(_session.InitSession)
     formats = _formats_for(weights, params, converting=session is not None)
     streams = _streams(words, 0, formats)

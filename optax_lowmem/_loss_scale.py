@@ -175,9 +175,8 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     session = _session.current(_session.InitSession)
     if session is not None:
       session.found_ours = True
-    zero = jnp.zeros([], jnp.int32)
-    scale = jnp.asarray(init_scale, jnp.float32)
-    return LossScaleState(scale, zero, zero, zero, inner.init(params))
+    counters = (jnp.zeros([], jnp.int32) for _ in range(3))  # apart: each is donated
+    return LossScaleState(jnp.array(init_scale, jnp.float32), *counters, inner.init(params))
 
   def update_fn(updates, state, params=None, **extra_args):
     inverse = 1.0 / state.scale

@@ -87,7 +87,7 @@ def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bit
     first_normal = F32_BIAS + 1 - grid.bias
     depth = jnp.maximum(_U32(first_normal), exponent) - exponent
     significand = (magnitude & _U32(0x7FFFFF)) | _U32(0x800000)
-    beyond = _U32((F32_BIAS + grid.bias + 1) << F32_MANTISSA)  # no overflow below
+    beyond = _U32((F32_BIAS + grid.bias + 2) << F32_MANTISSA)  # saturates, without overflow
     normal = jnp.minimum(magnitude, beyond) - _U32((first_normal - 1) << F32_MANTISSA)
     code = jnp.where(depth > _U32(0), significand, normal)
     if drop < 0:  # a grid finer than float32's own

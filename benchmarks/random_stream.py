@@ -1,0 +1,130 @@
+"""Dieharder's batteries on the random stream, in the ways it is used.
+
+  python -m benchmarks.random_stream [--tests 0,2,...] [--out docs/random_stream.md]
+
+Needs Debian's package `dieharder`. Each way of use is a stream of 32-bit words
+piped into it: consecutive elements of one leaf; eight elements of a leaf over
+consecutive steps, of consecutive leaves, and with consecutive seeds; and the
+upper and lower 16 bits of consecutive elements, two to a word.
+
+  python -m benchmarks.random_stream --count
+
+counts the instructions an element that the stream costs on an H100: the
+difference between a stochastic and a truncating kernel, from their SASS
+(needs the `h100` extra).
+"""
+
+import argparse
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.random_bits import element_bits, key_words, leaf_id, stream_keys
+
+CHUNK = 1 << 20
+FEW = 8  # elements a step, leaf or seed
+# The tests that Dieharder calls good, but the slowest few and the repeated ones.
+TESTS = (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 15, 16, 17, 100, 101, 102, 202, 203, 204, 205, 206, 209)
+
+
+def _few(keys):
+  index = jnp.arange(FEW, dtype=jnp.uint32)
+  return jax.vmap(lambda k: element_bits((k[0], k[1]), index))(keys).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def chunk(use: str, i):
+  """The i-th 2**20 words of a way of use."""
+  start = i * jnp.uint32(CHUNK)
+  words = key_words(0)
+  if use in ("elements", "upper halves", "lower halves"):
+    k = stream_keys(words)[0]
+    index = start + jax.lax.iota(jnp.uint32, CHUNK)
+    if use == "elements":
+      return element_bits((k[0], k[1]), index)
+    twice = index * jnp.uint32(2)
+    a, b = (element_bits((k[0], k[1]), twice + jnp.uint32(j)) for j in (0, 1))
+    if use == "upper halves":
+      return (a & jnp.uint32(0xFFFF0000)) | (b >> jnp.uint32(16))
+    return (a << jnp.uint32(16)) | (b & jnp.uint32(0xFFFF))
+  n = start // jnp.uint32(FEW) + jax.lax.iota(jnp.uint32, CHUNK // FEW)
+  if use == "steps":
+    return _few(jax.vmap(lambda s: stream_keys(words, s, [leaf_id("w")])[0])(n))
+  if use == "leaves":  # consecutive names are unrelated ids; consecutive ids are harder
+    k = jax.extend.random.threefry_2x32((words[0], words[1]), jnp.concatenate([n, 0 * n]))
+    return _few(k.reshape(2, -1).T)
+  return _few(jax.vmap(lambda s: stream_keys(jnp.stack([jnp.uint32(0), s]))[0])(n))  # seeds
+
+
+USES = ("elements", "upper halves", "lower halves", "steps", "leaves", "seeds")
+
+
+def write(use: str):
+  """Writes a way of use to stdout until the reader has enough."""
+  i = 0
+  try:
+    while True:
+      sys.stdout.buffer.write(np.asarray(chunk(use, jnp.uint32(i))).tobytes())
+      i += 1
+  except BrokenPipeError:
+    sys.stderr.close()
+
+
+def dieharder(use: str, tests) -> list[list[str]]:
+  """Rows (test, ntup, tsamples, psamples, p-value, assessment) of the battery."""
+  rows = []
+  for test in tests:
+    source = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.random_stream", "--write", use], stdout=subprocess.PIPE
+    )
+    command = ["dieharder", "-g", "200", "-d", str(test)]
+    done = subprocess.run(command, stdin=source.stdout, capture_output=True, text=True, check=True)
+    source.stdout.close()
+    source.wait()
+    for line in done.stdout.splitlines():
+      cells = [c.strip() for c in line.split("|")]
+      if len(cells) == 6 and re.match(r"\d", cells[1]):
+        rows.append(cells)
+        print(use, *cells, sep=" | ", flush=True)
+  return rows
+
+
+def main():
+  """Runs the battery on every way of use and writes the table."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("--write", choices=USES, help=argparse.SUPPRESS)
+  parser.add_argument("--count", action="store_true", help="count instructions instead")
+  parser.add_argument("--tests", default=",".join(map(str, TESTS)), help="Dieharder's numbers")
+  parser.add_argument("--uses", default=",".join(USES), help="ways of use")
+  parser.add_argument("--out", type=pathlib.Path, default=None, help="Markdown file to write")
+  args = parser.parse_args()
+  if args.write:
+    return write(args.write)
+  if args.count:
+    from benchmarks import instructions
+
+    return instructions.main()
+  lines = ["| use | test | ntup | samples | p-samples | p-value | assessment |", "|" + " --- |" * 7]
+  counts: dict[str, int] = {}
+  for use in args.uses.split(","):
+    for row in dieharder(use, args.tests.split(",")):
+      lines.append("| " + " | ".join([use, *row]) + " |")
+      counts[row[-1]] = counts.get(row[-1], 0) + 1
+  summary = ", ".join(f"{n} {assessment}" for assessment, n in sorted(counts.items()))
+  print(summary)
+  if args.out:
+    args.out.write_text(
+        "# The random stream under Dieharder\n\nMade by `python -m benchmarks.random_stream"
+        f" --out docs/random_stream.md`. {summary}.\nDieharder calls p-values under 0.005 or over"
+        " 0.995 weak (1 in 100 by chance), and under 1e-6 failed.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+if __name__ == "__main__":
+  main()

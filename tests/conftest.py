@@ -1,0 +1,61 @@
+"""Shared by all tests: eight CPU devices, the H100 compiler, float32 bit patterns."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax  # noqa: E402  (the environment comes first)
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+
+
+def float32_classes(count: int = 1 << 16, seed: int = 0) -> np.ndarray:
+  """float32 values of every class of bit patterns: ties, subnormals, infinities, NaN payloads."""
+  rng = np.random.default_rng(seed)
+  random_bits = rng.integers(0, 1 << 32, count, dtype=np.uint64).astype(np.uint32)
+  upper = rng.integers(0, 1 << 16, 2048, dtype=np.uint32) << 16
+  ties = [upper | (1 << shift) for shift in range(16)]
+  off_ties = [t ^ np.uint32(flip) for t in ties[12:] for flip in (1, 0x8001)]
+  small = rng.integers(0, 1 << 24, 2048, dtype=np.uint32)  # subnormals and the least normals
+  half_range = rng.uniform(-70000, 70000, 2048).astype(np.float32).view(np.uint32)
+  half_tiny = (rng.uniform(-1, 1, 2048) * 2.0**-14).astype(np.float32).view(np.uint32)
+  edges = np.array(
+      [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x10000, 0x18000, 0x007FFFFF, 0x00800000,
+       0x7F7F0000, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000,
+       0x7FFFFFFF, 0x477FE000, 0x477FEFFF, 0x477FF000, 0x47800000, 0x38800000, 0x33800000,
+       0x33000000, 0x33000001],
+      np.uint32,
+  )  # fmt: skip
+  positive = np.concatenate(
+      [random_bits, *ties, *off_ties, small, half_range, half_tiny, edges]
+  ).astype(np.uint32)
+  return np.concatenate([positive, positive ^ np.uint32(1 << 31)]).view(np.float32)
+
+
+@pytest.fixture(scope="session")
+def classes() -> np.ndarray:
+  """About 250,000 float32 values of every class."""
+  return float32_classes()
+
+
+def bits32(x) -> np.ndarray:
+  """float32 -> uint32 bit patterns."""
+  return np.asarray(x).view(np.uint32)
+
+
+def bits_low(x) -> np.ndarray:
+  """A narrow float -> its bit patterns."""
+  x = np.asarray(x)
+  return x.view(np.dtype(f"u{x.dtype.itemsize}"))
+
+
+def assert_trees_equal(a, b):
+  """Equal structure, dtypes and bits."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    x, y = np.asarray(x), np.asarray(y)
+    assert x.dtype == y.dtype and x.shape == y.shape
+    assert x.tobytes() == y.tobytes()
