@@ -72,7 +72,7 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
     raise ValueError("lowmem.step needs params; got None.")
   _tree.check_gradients(grads, params)
   tx = optax.with_extra_args_support(tx)
-  with _session.open_session(_session.StepSession) as session:
+  with _session.refuse_members_behind(), _session.open_session(_session.StepSession) as session:
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
 
   def land(p, u):

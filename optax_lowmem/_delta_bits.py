@@ -243,27 +243,25 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
 def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   """Looks a leaf's format up in a pytree prefix of the parameters."""
   prefix = dict(jax.tree_util.tree_leaves_with_path(weights))
-  used: set[Hashable] = set()
 
-  def find(path, leaf=None):
+  def entry(path) -> tuple | None:
+    return next((path[:i] for i in range(len(path) + 1) if path[:i] in prefix), None)
+
+  def find(path, leaf):
     del leaf
-    for length in range(len(path) + 1):
-      if path[:length] in prefix:
-        used.add(path[:length])
-        return prefix[path[:length]]
-    raise ValueError(f"weights= has no format for params{_tree.name_of(path)}.")
+    if (found := entry(path)) is None:
+      raise ValueError(f"weights= has no format for params{_tree.name_of(path)}.")
+    return prefix[found]
 
-  for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked):
-    find(path)
-  has_masked = any(_is_masked(x) for x in jax.tree.leaves(params, is_leaf=_is_masked))
+  # An entry for a leaf, for an empty node (None, MaskedNode), or below one.
+  nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
+  used = {entry(path) for path, _ in nodes}
+  empty = {path for path, node in nodes if not jax.tree.leaves(node)}
   for path in prefix:
-    if path and path not in used and not has_masked and jax.tree.leaves(params):
+    below_empty = any(path[:i] in empty for i in range(len(path) + 1))
+    if path not in used and not below_empty:
       raise ValueError(f"weights= has a format for {_tree.name_of(path)}, which params do not have.")
   return find
-
-
-def _is_masked(x) -> bool:
-  return isinstance(x, optax.MaskedNode)
 
 
 def _streams(words, step, formats: Formats) -> dict[str, jax.Array]:

@@ -16,7 +16,6 @@ apply_if_finite) our members see none and return ordinary updates.
 import contextlib
 import contextvars
 import dataclasses
-import sys
 from typing import Any
 
 import jax
@@ -87,29 +86,34 @@ class Landed:
     return Landed(f(self.take()), self._session)
 
   def __getattr__(self, name):
-    _refuse_member_behind()
+    raise TypeError("Landed")  # `step` says who did it
 
   def _touched(self, *args, **kwargs):
-    _refuse_member_behind()
+    raise TypeError("Landed")
 
 
 for _operator in (
     "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul"
-    " rmatmul neg pos abs lt le gt ge array iter len getitem float int bool jax_array"
+    " rmatmul neg pos abs lt le gt ge array iter len getitem float int bool"
 ).split():
   setattr(Landed, f"__{_operator}__", Landed._touched)
 
 
-def _refuse_member_behind():
-  member = "a transformation"
-  frame = sys._getframe(2)
-  while frame is not None:
-    parts = frame.f_code.co_qualname.split(".<locals>.")
-    if len(parts) > 1 and parts[-1].startswith("update"):
-      member = parts[0]
-      break
-    frame = frame.f_back
-  raise ValueError(
-      f"lowmem.step: {member} stands behind a transformation of optax_lowmem, where its update"
-      " could not land: the new weights and residuals are already written. Put it in front."
-  )
+@contextlib.contextmanager
+def refuse_members_behind():
+  """Turns an error about a touched `Landed` into one that names the transformation."""
+  try:
+    yield
+  except TypeError as error:
+    if "Landed" not in str(error):
+      raise
+    member, traceback = "a transformation", error.__traceback__
+    while traceback is not None:
+      parts = traceback.tb_frame.f_code.co_qualname.split(".<locals>.")
+      if len(parts) > 1 and parts[-1].startswith("update"):
+        member = parts[0]
+      traceback = traceback.tb_next
+    raise ValueError(
+        f"lowmem.step: {member} stands behind a transformation of optax_lowmem, where its update"
+        " could not land: the new weights and residuals are already written. Put it in front."
+    ) from error

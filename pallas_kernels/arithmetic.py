@@ -257,7 +257,11 @@ def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
   stays = (low_bits_of(old_low) == low_bits_of(low)) | (jnp.isinf(old) & jnp.isfinite(new))
   update = jnp.where(stays, jnp.float32(-0.0), update)
   if jnp.dtype(update_dtype) != jnp.float32:
-    update = round_to(update, update_dtype, "nearest")
+    # Where the difference of the weights is too fine for this dtype, aim at the master value.
+    rounded = round_to(update, update_dtype, "nearest")
+    aimed = round_to(merge_values(low, delta, fmt) - old, update_dtype, "nearest")
+    exact = (widen(rounded) == update) | stays | ~finite
+    update = jnp.where(exact, rounded, aimed)
   if k == 0:
     return update, None
   reached = old + (update if update.dtype == jnp.float32 else widen(update))

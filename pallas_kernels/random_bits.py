@@ -30,9 +30,9 @@ from collections.abc import Sequence
 import jax
 import jax.extend.random
 import jax.numpy as jnp
+import numpy as np
 
 _U32 = jnp.uint32
-_MASK = 0xFFFFFFFF
 
 
 def key_words(key: jax.typing.ArrayLike) -> jax.Array:
@@ -49,22 +49,26 @@ def key_words(key: jax.typing.ArrayLike) -> jax.Array:
   """
   if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     words = jax.random.key_data(key)
-  elif not isinstance(key, bool) and jnp.ndim(key) == 0 and _is_integer(key):
+  elif _is_integer(key):
     words = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
   else:
-    words = key if isinstance(key, jax.Array) else jnp.asarray(key)
+    words = key if isinstance(key, jax.Array) else np.asarray(key)
   if words.dtype != jnp.uint32 or words.shape not in ((2,), (4,)):
     raise TypeError(
         "key is an integer seed, a jax.random key, or raw key data (uint32 [2]"
         f" or [4]); got {words.dtype}{list(words.shape)}."
     )
+  words = jnp.asarray(words)
   if words.shape == (4,):  # RBG keys: two words keyed by the other two
     words = jax.extend.random.threefry_2x32((words[0], words[1]), words[2:])
   return words
 
 
 def _is_integer(x) -> bool:
-  return isinstance(x, int) or jnp.issubdtype(getattr(x, "dtype", None), jnp.integer)
+  if isinstance(x, int):
+    return not isinstance(x, bool)
+  dtype = getattr(x, "dtype", None)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.integer) and x.shape == ()
 
 
 def leaf_id(path: str) -> tuple[int, int]:
@@ -114,25 +118,36 @@ def element_bits(key, index, index_high=0):
   return h ^ (h >> _U32(14))
 
 
-def element_index(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array | int]:
-  """Each element's place in a row-major array, as two uint32 halves.
+def place(coordinates, shape: tuple[int, ...]):
+  """Row-major places in an array, as two uint32 halves.
 
-  Written as sums of iotas, so that XLA computes it in registers and partitions
-  it along any axis.
+  Args:
+    coordinates: uint32 for each axis, of any common shape.
+    shape: the whole array's.
+
+  Returns:
+    (low, high); high is the integer 0 where every place fits 32 bits.
   """
-  low = jnp.zeros(shape, _U32)
-  high: jax.Array | int = jnp.zeros(shape, _U32) if math.prod(shape) > 1 << 32 else 0
-  stride = 1
-  for axis in reversed(range(len(shape))):
-    i = jax.lax.broadcasted_iota(_U32, shape, axis)
-    term = i * _U32(stride & _MASK)
-    total = low + term
-    if math.prod(shape) > 1 << 32:
+  is_huge = math.prod(shape) > 1 << 32
+  low, high, stride = _U32(0), _U32(0) if is_huge else 0, 1
+  for i, n in zip(reversed(coordinates), reversed(shape), strict=True):
+    step = _U32(stride & 0xFFFFFFFF)
+    total = low + i * step
+    if is_huge:
       carry = (total < low).astype(_U32)
-      high = high + jax.lax.mulhi(i, _U32(stride & _MASK)) + i * _U32(stride >> 32) + carry
-    low = total
-    stride *= shape[axis]
+      high = high + jax.lax.mulhi(*jnp.broadcast_arrays(i, step)) + i * _U32(stride >> 32) + carry
+    low, stride = total, stride * n
   return low, high
+
+
+def element_index(shape: tuple[int, ...]):
+  """Every element's `place` in an array.
+
+  Sums of iotas, which XLA computes in registers and partitions along any axis.
+  """
+  iotas = [jax.lax.broadcasted_iota(_U32, shape, axis) for axis in range(len(shape))]
+  low, high = place(iotas, shape)
+  return jnp.broadcast_to(low, shape), high
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

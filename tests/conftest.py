@@ -56,6 +56,11 @@ def assert_trees_equal(a, b):
   """Equal structure, dtypes and bits."""
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = np.asarray(x), np.asarray(y)
+    x, y = (_plain(leaf) for leaf in (x, y))
     assert x.dtype == y.dtype and x.shape == y.shape
     assert x.tobytes() == y.tobytes()
+
+
+def _plain(x) -> np.ndarray:
+  is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return np.asarray(jax.random.key_data(x) if is_key else x)
