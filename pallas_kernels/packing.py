@@ -42,6 +42,12 @@ def pack(delta: jax.Array | None, fmt: DeltaFormat) -> jax.Array | None:
   struct = stored_struct(delta.shape, fmt)
   if struct.dtype != jnp.uint8:
     return delta.astype(struct.dtype)
+  # XLA cannot fuse packing with what writes the weight, another shape. The
+  # barrier makes it keep these 1 or 2 bytes a value between its two passes,
+  # and not the float32 values that they come from.
+  if fmt.residual_bits <= 16:
+    delta = delta.astype(jnp.int8 if fmt.residual_bits <= 8 else jnp.int16)
+  delta = jax.lax.optimization_barrier(delta)
   v = delta.astype(_U32)
   if delta.shape[-1] < GROUP:
     return _bytes_of(v)[..., :3].reshape(struct.shape)
@@ -67,14 +73,15 @@ def unpack(stored: jax.Array | None, shape: tuple[int, ...], fmt: DeltaFormat) -
     v = b[..., 0] | (b[..., 1] << _U32(8)) | (b[..., 2] << _U32(16))
     return _sign_extend(v, 24)
   bits = fmt.residual_bits
-  b = stored.reshape(*shape[:-1], -1, 4 * bits).astype(_U32)
+  b = stored.reshape(*shape[:-1], -1, 4 * bits)
   v, start = _U32(0), 0
   for offset, width in _parts(bits):
-    byte = b[..., start : start + 4 * width]
+    byte = b[..., None, start : start + 4 * width].astype(_U32)
     start += 4 * width
-    mask = _U32((1 << width) - 1)
-    columns = [(byte >> _U32(i * width)) & mask for i in range(8 // width)]
-    v = v | (jnp.concatenate(columns, axis=-1) << _U32(offset))
+    # A broadcast, not a concatenation, which XLA would not fuse.
+    shifts = width * jax.lax.broadcasted_iota(_U32, (8 // width, 1), 0)
+    field = (byte >> shifts) & _U32((1 << width) - 1)
+    v = v | (field.reshape(*field.shape[:-2], GROUP) << _U32(offset))
   v = v.reshape(*shape[:-1], -1)[..., : shape[-1]]
   return _sign_extend(v, bits)
 

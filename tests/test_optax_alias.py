@@ -12,6 +12,7 @@ is used where a test demands the gradient's dtype back. What cannot pass:
 import functools
 
 import jax.numpy as jnp
+import optax
 from optax._src import alias as optax_alias
 from optax._src import alias_test
 
@@ -53,3 +54,16 @@ class AliasTest(alias_test.AliasTest):
   def tearDown(self):
     alias_test.alias = self._original
     super().tearDown()
+
+
+def _expects_float32(self):
+  """The exceptions of `test_explicit_dtype` (see above): the moment is float32, not bfloat16."""
+  params = jnp.array([0.0, 0.0], jnp.bfloat16)
+  for inner, name in ((optax_alias.sgd(0.1, momentum=0.9), "trace"), (optax_alias.adamw(0.1), "mu")):
+    state = lowmem.delta_bits(inner, weights).init(params)
+    self.assertEqual(optax.tree.get(state, name).dtype, jnp.float32)
+
+
+# bfloat16 parameters without a state dtype, of sgd, adam and adamw
+for _number in (9, 10, 11):
+  setattr(AliasTest, f"test_explicit_dtype{_number}", _expects_float32)

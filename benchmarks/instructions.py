@@ -1,0 +1,67 @@
+"""Instructions that the H100 executes for an element, read off the compiled kernels (SASS).
+
+  python -m benchmarks.instructions
+
+Compiles `apply_update` with stochastic and with truncating rounding for an
+H100, needs the `h100` extra and no GPU. The difference is the random stream
+(the index, the mixer, the threshold). What it leaves out: how instructions
+overlap with memory; only a GPU can tell.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+# The number of integer instructions that an H100 issues while its memory moves
+# one byte: 132 multiprocessors x 64 a clock x 1.755 GHz (boost, SXM), 3.35 TB/s.
+PER_BYTE = 132 * 64 * 1.755e9 / 3.352e12
+ELEMENTS_A_THREAD = 8
+FORMATS = {"bf16+0": 8, "bf16+8": 10, "bf16+16": 12, "fp16+8": 10}  # bytes an element
+
+_PROGRAM = """
+import sys; sys.path.insert(0, "tests")
+import h100, jax.numpy as jnp, optax_lowmem as lowmem, pallas_kernels
+from pallas_kernels import packing
+base = lowmem.DeltaFormat.parse({name!r})
+fmt = lowmem.DeltaFormat(base.dtype, base.extra_bits, {rounding!r})
+n = (1 << 20,)
+delta = packing.stored_struct(n, fmt)
+h100.compiled(
+    lambda low, delta, update, key: pallas_kernels.apply_update(
+        low, delta, update, fmt, key=key, implementation="mosaic_gpu"),
+    h100.struct(n, fmt.dtype), None if delta is None else h100.struct(n, delta.dtype),
+    h100.struct(n, jnp.float32), h100.struct((2,), jnp.uint32), donate=(0, 1))
+"""
+
+
+def count(name: str, rounding: str) -> int:
+  """Instructions of one thread of the kernel, from its disassembly."""
+  environment = os.environ | {
+      "MOSAIC_GPU_DUMP_SASS": "1",
+      "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+      "JAX_PLATFORMS": "cpu",
+  }
+  done = subprocess.run(
+      [sys.executable, "-c", _PROGRAM.format(name=name, rounding=rounding)],
+      env=environment, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z0-9]+)", done.stdout, re.M)
+  return sum(op not in ("NOP", "BRA") for op in instructions)
+
+
+def main():
+  """Prints the table."""
+  print("apply_update, SASS instructions an element (one thread has 8)")
+  print("format    truncate  stochastic  stream  H100 issues while it moves the element")
+  for name, nbytes in FORMATS.items():
+    plain = count(name, "truncate") / ELEMENTS_A_THREAD
+    full = count(name, "stochastic") / ELEMENTS_A_THREAD
+    print(
+        f"{name:8}  {plain:8.1f}  {full:10.1f}  {full - plain:6.1f}"
+        f"  {PER_BYTE * nbytes:.0f} ({nbytes} bytes)"
+    )
+
+
+if __name__ == "__main__":
+  main()

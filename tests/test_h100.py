@@ -1,0 +1,161 @@
+"""What an H100 would run, compiled here: no spills, no copies, wide accesses, one pass."""
+
+import functools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import h100
+import optax_lowmem as lowmem
+import pallas_kernels
+from pallas_kernels import packing
+
+pytestmark = [
+    pytest.mark.h100,
+    pytest.mark.skipif(
+        not os.environ.get("REQUIRE_H100") and h100.sharding() is None,
+        reason="the h100 extra is not installed",
+    ),
+]
+
+SHAPE = (1 << 12, 1 << 10)
+RAGGED = (1021, 1031)
+KEY = ((2,), jnp.uint32)
+
+
+def operations(fmt, shape, implementation):
+  """Each operation with its arguments' structs: what runs, and what is donated."""
+  f = functools.partial
+  struct, base = h100.struct, lowmem.DeltaFormat.parse(fmt)
+  stored = packing.stored_struct(shape, base)
+  low, key = struct(shape, base.dtype), struct(*KEY)
+  delta = None if stored is None else struct(stored.shape, stored.dtype)
+  x = struct(shape, jnp.float32)
+  kwargs = {"implementation": implementation}
+  return {
+      "stochastic_round": (
+          lambda key, x: pallas_kernels.stochastic_round(key, x, base.dtype, **kwargs), (key, x), ()
+      ),
+      "split": (lambda x, key: pallas_kernels.split(x, fmt, key=key, **kwargs), (x, key), ()),
+      "merge": (f(lambda low, delta: pallas_kernels.merge(low, delta, fmt, **kwargs)), (low, delta), ()),
+      "apply_update": (
+          lambda low, delta, u, key: pallas_kernels.apply_update(low, delta, u, fmt, key=key, **kwargs),
+          (low, delta, x, key), (0, 1),
+      ),
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", ["stochastic_round", "split", "merge", "apply_update"])
+@pytest.mark.parametrize("fmt", ["bf16+8", "bf16+16", "fp16+8", "bf16+0"])
+def test_kernel(operation, fmt, monkeypatch, capfd):
+  """One call in place; SASS without spills (local memory); accesses of 16 bytes where types allow."""
+  if operation == "stochastic_round" and fmt not in ("bf16+8", "fp16+8"):
+    pytest.skip("the same kernel as another format's")
+  monkeypatch.setenv("MOSAIC_GPU_DUMP_SASS", "1")
+  call, structs, donated = operations(fmt, SHAPE, "mosaic_gpu")[operation]
+  compiled = h100.compiled(call, *structs, donate=donated)
+  sass = capfd.readouterr().out
+  assert "EXIT" in sass, "no disassembly: is nvidia-cuda-nvdisasm installed?"
+  assert not re.search(r"\b(LDL|STL)\b", sass)
+  text, stats = compiled.as_text(), compiled.memory_analysis()
+  assert text.count('custom_call_target="mosaic_gpu_v2"') == 1
+  assert stats.temp_size_in_bytes < 4096
+  if donated:
+    low_and_delta = sum(s.size * s.dtype.itemsize for s in structs[:2] if s is not None)
+    assert stats.alias_size_in_bytes == low_and_delta
+  widths = [int(w or 32) for w in re.findall(r"\bLD(?:G)?\.E(?:\.CONSTANT)?(?:\.(64|128))?\b", sass)]
+  bulk = [w for w in widths if w > 32]  # the two words of the key are single
+  if operation == "merge":  # float32 results: 16 bytes stored, 4 elements
+    assert re.search(r"\bST(?:G)?\.E\.128\b", sass)
+  else:
+    assert 128 in bulk
+  assert bulk and min(bulk) >= 64 or fmt == "bf16+8" and operation == "merge"
+
+
+@pytest.mark.parametrize("operation", ["stochastic_round", "split", "merge", "apply_update"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize("shape", [SHAPE, RAGGED], ids=["even", "ragged"])
+def test_no_temporaries(operation, implementation, shape):
+  """None of the parameter's size, ragged or not; and XLA needs one pass over memory, too."""
+  call, structs, donated = operations("bf16+8", shape, implementation)[operation]
+  compiled = h100.compiled(call, *structs, donate=donated)
+  assert compiled.memory_analysis().temp_size_in_bytes < 8192
+  if implementation == "xla":
+    text = compiled.as_text()
+    shapes = rf"\[{shape[0]},{shape[1]}\]"
+    passes = [line for line in text.splitlines() if " fusion(" in line and re.search(shapes, line)]
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("bits", [1, 4, 5, 13])
+def test_packed_widths_need_little(bits):
+  """Packed residuals pass through narrow integers at most: no float32 or int32 copy."""
+  call, structs, donated = operations(f"bf16+{bits}", SHAPE, "xla")["apply_update"]
+  stats = h100.compiled(call, *structs, donate=donated).memory_analysis()
+  size = SHAPE[0] * SHAPE[1]
+  assert stats.temp_size_in_bytes <= size * (1 if bits <= 8 else 2) * 1.3 + 8192
+
+
+def train_step(tx, params32, how):
+  params, state = jax.eval_shape(functools.partial(lowmem.init, tx), params32)
+  args = h100.on_device((params, params, state))
+
+  def step(grads, params, state):
+    if how == "step":
+      return lowmem.step(tx, grads, state, params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return h100.compiled(step, *args, donate=(1, 2))
+
+
+@pytest.mark.parametrize("how", ["step", "update"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_optimizer_step_is_in_place(how, scaled):
+  """delta_bits(adamw), bare and scaled: nothing of the parameter's size but what is donated."""
+  tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
+  tx = lowmem.dynamic_loss_scale(tx) if scaled else tx
+  params32 = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+  stats = train_step(tx, params32, how).memory_analysis()
+  n = SHAPE[0] * SHAPE[1]
+  assert stats.temp_size_in_bytes < n // 8
+  assert stats.alias_size_in_bytes >= n * (2 + 1 + 8)
+
+
+def test_no_float32_bfloat16_round_trip():
+  """Law 8: the arithmetic has no conversion for XLA:GPU to remove.
+
+  XLA:GPU drops float32 -> bfloat16 -> float32 pairs. The update converts
+  nothing to bfloat16; it reads weights by their bits. Two steps in one program
+  are the case where a pair could be shortened: there the second step has to
+  read the bits of the weights that `apply_updates` rounded.
+  """
+  tx = lowmem.delta_bits(optax.sgd(0.1), "bf16+8")
+  params, state = lowmem.init(tx, {"w": jnp.zeros(SHAPE)})
+  jaxpr = str(jax.make_jaxpr(tx.update)(params, state, params))
+  narrowing = re.findall(r"bf16\[[0-9,]*\] = convert_element_type", jaxpr)
+  assert not narrowing
+
+  def two_steps(grads, state, params):
+    for _ in range(2):
+      updates, state = tx.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return params, state
+
+  text = h100.compiled(two_steps, *h100.on_device((params, state, params))).as_text()
+  # Both weights are rounded, and both are read as 16-bit patterns.
+  assert len(re.findall(r"= bf16\[[0-9,]+\]\S* convert\(", text)) >= 2
+  reads = re.findall(r"= u16\[[0-9,]+\]\S* bitcast(?:-convert)?\((\S+)\)", text)
+  defined = dict(re.findall(r"(%\S+) = (bf16\[[0-9,]+\]\S* \w+)\(", text))
+  sources = [defined[x].split()[-1] for x in reads if x in defined]
+  assert "convert" in sources and "parameter" in sources  # step two's weights, and step one's
+
+
+def test_l40s_or_older_would_not_get_a_kernel():
+  """implementation=None lowers to XLA alone: nothing that a GPU before Hopper lacks."""
+  call, structs, donated = operations("bf16+8", SHAPE, None)["apply_update"]
+  assert "mosaic" not in h100.compiled(call, *structs, donate=donated).as_text()
