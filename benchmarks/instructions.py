@@ -38,15 +38,17 @@ h100.compiled(
 def count(name: str, rounding: str) -> int:
   """Instructions of one thread of the kernel, from its disassembly."""
   environment = os.environ | {
-      "MOSAIC_GPU_DUMP_SASS": "1",
-      "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-      "JAX_PLATFORMS": "cpu",
+    "MOSAIC_GPU_DUMP_SASS": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run(
       [sys.executable, "-c", _PROGRAM.format(name=name, rounding=rounding)],
       env=environment, capture_output=True, text=True, check=True,
   )  # fmt: skip
-  instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z0-9]+)", done.stdout, re.M)
+  instructions = re.findall(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]\s+)?([A-Z0-9]+)", done.stdout, re.M
+  )
   return sum(op not in ("NOP", "BRA") for op in instructions)
 
 
@@ -58,8 +60,8 @@ def main():
     plain = count(name, "truncate") / ELEMENTS_A_THREAD
     full = count(name, "stochastic") / ELEMENTS_A_THREAD
     print(
-        f"{name:8}  {plain:8.1f}  {full:10.1f}  {full - plain:6.1f}"
-        f"  {PER_BYTE * nbytes:.0f} ({nbytes} bytes)"
+      f"{name:8}  {plain:8.1f}  {full:10.1f}  {full - plain:6.1f}"
+      f"  {PER_BYTE * nbytes:.0f} ({nbytes} bytes)"
     )
 
 

@@ -30,7 +30,31 @@ from pallas_kernels.random_bits import element_bits, key_words, leaf_id, stream_
 CHUNK = 1 << 20
 FEW = 8  # elements a step, leaf or seed
 # The tests that Dieharder calls good, but the slowest few and the repeated ones.
-TESTS = (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 15, 16, 17, 100, 101, 102, 202, 203, 204, 205, 206, 209)
+TESTS = (
+  0,
+  1,
+  2,
+  3,
+  4,
+  8,
+  9,
+  10,
+  11,
+  12,
+  13,
+  15,
+  16,
+  17,
+  100,
+  101,
+  102,
+  202,
+  203,
+  204,
+  205,
+  206,
+  209,
+)
 
 
 def _few(keys):
@@ -81,7 +105,7 @@ def dieharder(use: str, tests) -> list[list[str]]:
   rows = []
   for test in tests:
     source = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.random_stream", "--write", use], stdout=subprocess.PIPE
+      [sys.executable, "-m", "benchmarks.random_stream", "--write", use], stdout=subprocess.PIPE
     )
     command = ["dieharder", "-g", "200", "-d", str(test)]
     done = subprocess.run(command, stdin=source.stdout, capture_output=True, text=True, check=True)
@@ -97,7 +121,9 @@ def dieharder(use: str, tests) -> list[list[str]]:
 
 def main():
   """Runs the battery on every way of use and writes the table."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--write", choices=USES, help=argparse.SUPPRESS)
   parser.add_argument("--count", action="store_true", help="count instructions instead")
   parser.add_argument("--tests", default=",".join(map(str, TESTS)), help="Dieharder's numbers")
@@ -120,9 +146,9 @@ def main():
   print(summary)
   if args.out:
     args.out.write_text(
-        "# The random stream under Dieharder\n\nMade by `python -m benchmarks.random_stream"
-        f" --out docs/random_stream.md`. {summary}.\nDieharder calls p-values under 0.005 or over"
-        " 0.995 weak (1 in 100 by chance), and under 1e-6 failed.\n\n" + "\n".join(lines) + "\n"
+      "# The random stream under Dieharder\n\nMade by `python -m benchmarks.random_stream"
+      f" --out docs/random_stream.md`. {summary}.\nDieharder calls p-values under 0.005 or over"
+      " 0.995 weak (1 in 100 by chance), and under 1e-6 failed.\n\n" + "\n".join(lines) + "\n"
     )
 
 

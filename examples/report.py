@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt
 
 PARTS = ("weights", "residuals", "moments", "gradients")
 
@@ -24,7 +24,8 @@ def table(results: list[dict]) -> str:
   rows = [head]
   for r in results:
     per = r["bytes_per_param"]
-    rows.append([
+    rows.append(
+      [
         r["format"],
         f"{r['held_out']:.4f}",
         *(f"{per[part]:.2f}" for part in PARTS),
@@ -32,7 +33,8 @@ def table(results: list[dict]) -> str:
         f"{r['peak_bytes'] / 1e6:.1f}",
         f"{r['steps_per_second']:.1f}",
         str(r["skipped"]),
-    ])
+      ]
+    )
   widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
   lines = ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
   note = f"bytes a parameter; {results[0]['num_params']:,} parameters"

@@ -34,19 +34,17 @@ def make_state(fmt: str, params, model: gpt.GPT, tx: optax.GradientTransformatio
   if fmt in ("fp32", "bf16"):
     dtype = jnp.float32 if fmt == "fp32" else jnp.bfloat16
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return flax.training.train_state.TrainState.create(
-        apply_fn=model.apply, params=params, tx=tx
-    )
+    return flax.training.train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
   def weights(path, leaf):
     del path
     return fmt if leaf.ndim > 1 else "fp32"  # norms stay in float32
 
   return lowmem.TrainState.create(
-      apply_fn=model.apply,
-      params=params,
-      tx=lowmem.delta_bits(tx, weights),
-      loss_scale="dynamic" if fmt.startswith("fp16") else None,
+    apply_fn=model.apply,
+    params=params,
+    tx=lowmem.delta_bits(tx, weights),
+    loss_scale="dynamic" if fmt.startswith("fp16") else None,
   )
 
 
@@ -58,10 +56,10 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
   first = plays.sample(training, rng, args.batch, args.context)
   params = jax.jit(model.init)(jax.random.key(args.seed), first[:, :-1])["params"]
   schedule = optax.warmup_cosine_decay_schedule(
-      0.0, args.learning_rate, max(args.steps // 20, 1), args.steps
+    0.0, args.learning_rate, max(args.steps // 20, 1), args.steps
   )
   tx = optax.chain(
-      optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=args.b2, weight_decay=0.01)
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=args.b2, weight_decay=0.01)
   )
   state = make_state(fmt, params, model, tx)
 
@@ -91,38 +89,42 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
       evals.append((i + 1, held))
       progress.set_postfix(loss=f"{loss:.3f}", held_out=f"{held:.4f}")
   table = lowmem.memory_table(state.params, state.opt_state, state.params)
-  skipped = [s.skipped for s in jax.tree.leaves(
+  skipped = [
+    s.skipped
+    for s in jax.tree.leaves(
       state.opt_state, is_leaf=lambda x: isinstance(x, lowmem.LossScaleState)
-  ) if isinstance(s, lowmem.LossScaleState)]
+    )
+    if isinstance(s, lowmem.LossScaleState)
+  ]
   return {
-      "format": fmt,
-      "seed": args.seed,
-      "losses": losses,
-      "evals": evals,
-      "held_out": evals[-1][1],
-      "bytes_per_param": table.bytes_per_param,
-      "num_params": table.num_params,
-      "peak_bytes": report.peak_bytes(compiled),
-      "steps_per_second": args.steps / seconds,
-      "skipped": int(sum(skipped)),
+    "format": fmt,
+    "seed": args.seed,
+    "losses": losses,
+    "evals": evals,
+    "held_out": evals[-1][1],
+    "bytes_per_param": table.bytes_per_param,
+    "num_params": table.num_params,
+    "peak_bytes": report.peak_bytes(compiled),
+    "steps_per_second": args.steps / seconds,
+    "skipped": int(sum(skipped)),
   }
 
 
 def parse_args(argv=None) -> argparse.Namespace:
   """Reads the command line; exits with an error that says what is wrong."""
   parser = argparse.ArgumentParser(
-      prog="python -m examples.shakespeare",
-      description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog="python -m examples.shakespeare",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   integers = {
-      "steps": (400, "training steps a format"),
-      "layers": (4, "transformer blocks"),
-      "width": (144, "width of the model"),
-      "heads": (4, "attention heads; they divide the width"),
-      "context": (64, "characters a window"),
-      "batch": (16, "windows a step"),
-      "eval_windows": (512, "held-out windows that the loss is averaged over"),
+    "steps": (400, "training steps a format"),
+    "layers": (4, "transformer blocks"),
+    "width": (144, "width of the model"),
+    "heads": (4, "attention heads; they divide the width"),
+    "context": (64, "characters a window"),
+    "batch": (16, "windows a step"),
+    "eval_windows": (512, "held-out windows that the loss is averaged over"),
   }
   for name, (default, text) in integers.items():
     flag = "--" + name.replace("_", "-")
@@ -130,9 +132,7 @@ def parse_args(argv=None) -> argparse.Namespace:
   parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (%(default)s)")
   parser.add_argument("--b2", type=float, default=0.999, help="Adam's b2 (%(default)s)")
   parser.add_argument("--seed", type=int, default=0, help="of weights, batches and rounding")
-  parser.add_argument(
-      "--formats", default=",".join(FORMATS), help="comma-separated (%(default)s)"
-  )
+  parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated (%(default)s)")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (out)")
   args = parser.parse_args(argv)
   for name in integers:
@@ -165,8 +165,8 @@ def main(argv=None):
   training, held_out, alphabet = plays.load()
   args.out.mkdir(parents=True, exist_ok=True)
   print(
-      f"{len(training):,} characters of plays, {len(held_out):,} held out"
-      f" ({', '.join(plays.HELD_OUT)}); {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    f"{len(training):,} characters of plays, {len(held_out):,} held out"
+    f" ({', '.join(plays.HELD_OUT)}); {jax.devices()[0].device_kind}, JAX {jax.__version__}"
   )
   results = [train(fmt, args, training, held_out, len(alphabet)) for fmt in args.formats]
   print("\n" + report.table(results))

@@ -23,23 +23,26 @@ def summary(losses: dict[str, list[float]]) -> list[str]:
   """Markdown rows of held-out losses by format, paired with fp32's."""
   base = np.array(losses["fp32"])
   rows = [
-      "| format | held-out loss, each seed | mean | minus fp32 | standard error | relative | not worse |",
-      "|" + " --- |" * 7,
+    "| format | held-out loss, each seed | mean | minus fp32 | standard error | relative"
+    " | not worse |",
+    "|" + " --- |" * 7,
   ]
   for fmt, values in losses.items():
     difference = np.array(values) - base
     mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
     good = mean <= max(2 * error, TOLERANCE * base.mean())
     rows.append(
-        f"| {fmt} | {' '.join(f'{v:.4f}' for v in values)} | {np.mean(values):.4f} | {mean:+.4f}"
-        f" | {error:.4f} | {mean / base.mean():+.2%} | {'yes' if good else 'no'} |"
+      f"| {fmt} | {' '.join(f'{v:.4f}' for v in values)} | {np.mean(values):.4f} | {mean:+.4f}"
+      f" | {error:.4f} | {mean / base.mean():+.2%} | {'yes' if good else 'no'} |"
     )
   return rows
 
 
 def main():
   """Trains every format with every seed and writes the table."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("--seeds", type=int, default=5, help="number of seeds, at least 2 (5)")
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/shakespeare_seeds.md"))
   own, rest = parser.parse_known_args()
@@ -59,12 +62,12 @@ def main():
   print("\n".join(rows))
   own.out.parent.mkdir(parents=True, exist_ok=True)
   own.out.write_text(
-      "# The Shakespeare demo over seeds\n\nMade by `python -m examples.shakespeare_seeds --seeds"
-      f" {own.seeds}` ({args.steps} steps, {result['num_params']:,} parameters, learning rate"
-      f" {args.learning_rate:g}, b2 {args.b2:g}; {jax.devices()[0].device_kind}, JAX"
-      f" {jax.__version__}).\n\nHeld-out loss in nats a character after the last step. A format is"
-      " not worse if its mean paired difference from fp32 is at most two standard errors, or at"
-      " most 0.3%.\n\n" + "\n".join(rows) + "\n"
+    "# The Shakespeare demo over seeds\n\nMade by `python -m examples.shakespeare_seeds --seeds"
+    f" {own.seeds}` ({args.steps} steps, {result['num_params']:,} parameters, learning rate"
+    f" {args.learning_rate:g}, b2 {args.b2:g}; {jax.devices()[0].device_kind}, JAX"
+    f" {jax.__version__}).\n\nHeld-out loss in nats a character after the last step. A format is"
+    " not worse if its mean paired difference from fp32 is at most two standard errors, or at"
+    " most 0.3%.\n\n" + "\n".join(rows) + "\n"
   )
 
 

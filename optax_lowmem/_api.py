@@ -81,8 +81,8 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
   params = jax.tree.map(land, params, updates)
   if session.landed:
     raise ValueError(
-        "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the"
-        " residuals are already written. Put it in front."
+      "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the"
+      " residuals are already written. Put it in front."
     )
   return params, opt_state
 
@@ -149,9 +149,7 @@ def load_master(params, opt_state):
       if jnp.result_type(x) != jnp.float32:
         raise TypeError(f"params{name} is {jnp.result_type(x)}; load_master takes float32.")
       weights[name], residuals[name] = split_stream(jnp.asarray(x), fmt, streams[name])
-    return node._replace(
-        residuals=_tree.map_named(residuals.get, node.residuals)
-    )
+    return node._replace(residuals=_tree.map_named(residuals.get, node.residuals))
 
   opt_state = jax.tree.map(load, opt_state, is_leaf=lambda x: isinstance(x, DeltaBitsState))
   return _tree.map_named(weights.get, params), opt_state

@@ -1,6 +1,6 @@
 """delta_bits: half-precision weights whose float32 master is kept in residual bits."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
@@ -52,7 +52,7 @@ class Formats:
 
 # Nothing to save: a state is restored into one of the same transformation.
 flax.serialization.register_serialization_state(
-    Formats, lambda formats: {}, lambda formats, state: formats
+  Formats, lambda formats: {}, lambda formats, state: formats
 )
 
 
@@ -76,11 +76,11 @@ class DeltaBitsState(NamedTuple):
 
 
 def delta_bits(
-    inner: optax.GradientTransformation | None = None,
-    weights: Weights = "bf16+8",
-    *,
-    key: jax.typing.ArrayLike = 0,
-    update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
+  inner: optax.GradientTransformation | None = None,
+  weights: Weights = "bf16+8",
+  *,
+  key: jax.typing.ArrayLike = 0,
+  update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps weights in half precision, and what a float32 master adds in a few bits.
 
@@ -153,11 +153,11 @@ def delta_bits(
     if session is not None:
       session.found_ours = True
     return DeltaBitsState(
-        step=jnp.zeros([], jnp.int32),
-        key=words,
-        residuals=_tree.map_named(lambda name, _: residuals.get(name), params),
-        inner_state=inner.init(_tree.map_named(masters.get, params)),
-        formats=formats,
+      step=jnp.zeros([], jnp.int32),
+      key=words,
+      residuals=_tree.map_named(lambda name, _: residuals.get(name), params),
+      inner_state=inner.init(_tree.map_named(masters.get, params)),
+      formats=formats,
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -177,10 +177,10 @@ def delta_bits(
       return g if formats.get(name) is None else jnp.asarray(g).astype(jnp.float32)
 
     inner_updates, inner_state = inner.update(
-        _tree.map_named(wide, updates),
-        state.inner_state,
-        _tree.map_named(master, params),
-        **extra_args,
+      _tree.map_named(wide, updates),
+      state.inner_state,
+      _tree.map_named(master, params),
+      **extra_args,
     )
     next_step = state.step + _was_taken(state.inner_state, inner_state)
     streams = _streams(state.key, next_step, formats)
@@ -204,11 +204,11 @@ def delta_bits(
 
     new_updates = _tree.map_named(land, inner_updates)
     new_state = DeltaBitsState(
-        step=next_step,
-        key=state.key,
-        residuals=_tree.map_named(lambda name, _: new_residuals.get(name), params),
-        inner_state=inner_state,
-        formats=formats,
+      step=next_step,
+      key=state.key,
+      residuals=_tree.map_named(lambda name, _: new_residuals.get(name), params),
+      inner_state=inner_state,
+      formats=formats,
     )
     return new_updates, new_state
 
@@ -231,8 +231,8 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
     fmt = DeltaFormat.parse(find(path, leaf))
     if _tree.is_half(leaf) and leaf.dtype != fmt.dtype:
       raise TypeError(
-          f"params{name} is {leaf.dtype}, but its format {fmt.name} is for {fmt.dtype}; pass the"
-          " matching format in weights=, or float32 parameters to lowmem.init."
+        f"params{name} is {leaf.dtype}, but its format {fmt.name} is for {fmt.dtype}; pass the"
+        " matching format in weights=, or float32 parameters to lowmem.init."
       )
     is_converted = converting and jnp.result_type(leaf) == jnp.float32
     if not fmt.is_full_precision and (_tree.is_half(leaf) or is_converted):
@@ -260,7 +260,9 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   for path in prefix:
     below_empty = any(path[:i] in empty for i in range(len(path) + 1))
     if path not in used and not below_empty:
-      raise ValueError(f"weights= has a format for {_tree.name_of(path)}, which params do not have.")
+      raise ValueError(
+        f"weights= has a format for {_tree.name_of(path)}, which params do not have."
+      )
   return find
 
 
@@ -287,8 +289,8 @@ def _check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, 
     if fmt is None:
       if _tree.is_half(leaf):
         raise TypeError(
-            f"params{name} is {leaf.dtype}, but it had no format when the state was made from"
-            " float32 parameters. Make the state with lowmem.init(tx, params32), or after casting."
+          f"params{name} is {leaf.dtype}, but it had no format when the state was made from"
+          " float32 parameters. Make the state with lowmem.init(tx, params32), or after casting."
         )
       continue
     checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
@@ -301,12 +303,12 @@ def _check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, 
 def _was_taken(old_inner, new_inner) -> jax.Array | int:
   """1, or 0 where a loss scale inside skipped the step: then no random bits are used up."""
   skips = [
-      new.skipped != old.skipped
-      for old, new in zip(
-          _tree.find_states(old_inner, LossScaleState),
-          _tree.find_states(new_inner, LossScaleState),
-          strict=True,
-      )
+    new.skipped != old.skipped
+    for old, new in zip(
+      _tree.find_states(old_inner, LossScaleState),
+      _tree.find_states(new_inner, LossScaleState),
+      strict=True,
+    )
   ]
   if not skips:
     return 1
@@ -329,8 +331,8 @@ def _refuse_half_hyperparameters(inner: optax.GradientTransformation):
     if isinstance(x, jax.core.Tracer):
       if jnp.ndim(x) == 0 and _tree.is_half(x):
         raise ValueError(
-            f"A hyperparameter arrives as a traced {x.dtype} value, in which b2 = 0.999 is 1."
-            " Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
+          f"A hyperparameter arrives as a traced {x.dtype} value, in which b2 = 0.999 is 1."
+          " Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
         )
     elif isinstance(x, functools.partial):
       pending += [x.func, *x.args, *x.keywords.values()]

@@ -29,13 +29,13 @@ class LossScaleState(NamedTuple):
 
 
 def dynamic_loss_scale(
-    inner: optax.GradientTransformation,
-    init_scale: float = 2.0**15,
-    growth_interval: int = 2000,
-    growth_factor: float = 2.0,
-    backoff_factor: float = 0.5,
-    min_scale: float = 1.0,
-    max_scale: float = 2.0**24,
+  inner: optax.GradientTransformation,
+  init_scale: float = 2.0**15,
+  growth_interval: int = 2000,
+  growth_factor: float = 2.0,
+  backoff_factor: float = 0.5,
+  min_scale: float = 1.0,
+  max_scale: float = 2.0**24,
 ) -> optax.GradientTransformationExtraArgs:
   """Unscales gradients, skips steps that overflowed, and adapts the scale.
 
@@ -68,12 +68,16 @@ def dynamic_loss_scale(
   References:
     [Mixed Precision Training](https://arxiv.org/abs/1710.03740), section 3.2
   """
-  for name, scale in (("init_scale", init_scale), ("min_scale", min_scale), ("max_scale", max_scale)):
+  for name, scale in (
+    ("init_scale", init_scale),
+    ("min_scale", min_scale),
+    ("max_scale", max_scale),
+  ):
     _check_scale(name, scale)
   if not min_scale <= init_scale <= max_scale:
     raise ValueError(
-        f"init_scale lies between min_scale and max_scale; got {min_scale}, {init_scale},"
-        f" {max_scale}."
+      f"init_scale lies between min_scale and max_scale; got {min_scale}, {init_scale},"
+      f" {max_scale}."
     )
   if growth_interval < 1:
     raise ValueError(f"growth_interval is at least 1; got {growth_interval}.")
@@ -94,7 +98,7 @@ def dynamic_loss_scale(
 
 
 def static_loss_scale(
-    inner: optax.GradientTransformation, scale: float
+  inner: optax.GradientTransformation, scale: float
 ) -> optax.GradientTransformationExtraArgs:
   """Like `dynamic_loss_scale` with a scale that never changes.
 
@@ -117,7 +121,9 @@ def static_loss_scale(
     [Mixed Precision Training](https://arxiv.org/abs/1710.03740), section 3.2
   """
   _check_scale("scale", scale)
-  return _loss_scaled(inner, scale, lambda state, finite: (state.scale, state.growth_count + finite))
+  return _loss_scaled(
+    inner, scale, lambda state, finite: (state.scale, state.growth_count + finite)
+  )
 
 
 def loss_scale(opt_state) -> jax.Array:
@@ -175,8 +181,13 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     session = _session.current(_session.InitSession)
     if session is not None:
       session.found_ours = True
-    counters = (jnp.zeros([], jnp.int32) for _ in range(3))  # apart: each is donated
-    return LossScaleState(jnp.array(init_scale, jnp.float32), *counters, inner.init(params))
+    return LossScaleState(
+      scale=jnp.array(init_scale, jnp.float32),
+      growth_count=jnp.zeros([], jnp.int32),  # three buffers: each can be donated
+      skipped=jnp.zeros([], jnp.int32),
+      skipped_in_a_row=jnp.zeros([], jnp.int32),
+      inner_state=inner.init(params),
+    )
 
   def update_fn(updates, state, params=None, **extra_args):
     inverse = 1.0 / state.scale
@@ -186,13 +197,13 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     weights = {} if params is None else _tree.named_leaves(params)
     scale, growth_count = next_scale(state, finite)
     new_state = LossScaleState(
-        scale=scale,
-        growth_count=growth_count,
-        skipped=state.skipped + (1 - finite.astype(jnp.int32)),
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        inner_state=jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state
-        ),
+      scale=scale,
+      growth_count=growth_count,
+      skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+      inner_state=jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state
+      ),
     )
     kept = _tree.map_named(lambda name, u: _keep_if(finite, u, weights.get(name)), new_updates)
     return kept, new_state

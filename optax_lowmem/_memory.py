@@ -66,7 +66,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
 
   def count(tree):
     flat = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: isinstance(x, DeltaBitsState) and x is not tree
+      tree, is_leaf=lambda x: isinstance(x, DeltaBitsState) and x is not tree
     )
     for path, leaf in flat:
       if isinstance(leaf, DeltaBitsState):
@@ -76,9 +76,9 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
       else:
         steps = tuple(map(str, path))
         follows = any(steps[i:] in suffixes for i in range(len(steps) + 1))
-        parts["moments" if follows and jnp.shape(leaf) or _is_moment(leaf, follows) else "rest"] += (
-            _nbytes(leaf)
-        )
+        parts[
+          "moments" if (follows and jnp.shape(leaf)) or _is_moment(leaf, follows) else "rest"
+        ] += _nbytes(leaf)
 
   count((opt_state,))
   if grads is not None:

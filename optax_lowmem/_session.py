@@ -36,7 +36,7 @@ class InitSession:
     """Records the weight that a member keeps for a float32 leaf."""
     if name in self.weights:
       raise ValueError(
-          f"params{name} is held by two delta_bits in one transformation; mask one of them."
+        f"params{name} is held by two delta_bits in one transformation; mask one of them."
       )
     self.weights[name] = low
 
@@ -93,8 +93,8 @@ class Landed:
 
 
 for _operator in (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul"
-    " rmatmul neg pos abs lt le gt ge array iter len getitem float int bool"
+  "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul"
+  " rmatmul neg pos abs lt le gt ge array iter len getitem float int bool"
 ).split():
   setattr(Landed, f"__{_operator}__", Landed._touched)
 
@@ -114,6 +114,6 @@ def refuse_members_behind():
         member = parts[0]
       traceback = traceback.tb_next
     raise ValueError(
-        f"lowmem.step: {member} stands behind a transformation of optax_lowmem, where its update"
-        " could not land: the new weights and residuals are already written. Put it in front."
+      f"lowmem.step: {member} stands behind a transformation of optax_lowmem, where its update"
+      " could not land: the new weights and residuals are already written. Put it in front."
     ) from error

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, Self
 
-import jax
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+import jax
 
 from optax_lowmem import _api, _loss_scale
 
@@ -32,13 +32,13 @@ class TrainState(train_state.TrainState):
 
   @classmethod
   def create(
-      cls,
-      *,
-      apply_fn,
-      params,
-      tx,
-      loss_scale: Literal["dynamic"] | float | None = None,
-      **kwargs,
+    cls,
+    *,
+    apply_fn,
+    params,
+    tx,
+    loss_scale: Literal["dynamic"] | float | None = None,
+    **kwargs,
   ) -> Self:
     """Converts float32 parameters to their formats and makes the state.
 
@@ -68,8 +68,8 @@ class TrainState(train_state.TrainState):
     optimized, opt_state, found_ours = _api.init_and_find(tx, optimized)
     if not found_ours:
       raise ValueError(
-          "tx holds nothing of optax_lowmem, so that the parameters would stay float32; wrap it:"
-          ' lowmem.delta_bits(tx, "bf16+8").'
+        "tx holds nothing of optax_lowmem, so that the parameters would stay float32; wrap it:"
+        ' lowmem.delta_bits(tx, "bf16+8").'
       )
     _loss_scale.loss_scale(opt_state)  # raises if there are two
     params = {**params, "params": optimized} if has_overwritten else optimized
@@ -87,11 +87,11 @@ class TrainState(train_state.TrainState):
     """
     if OVERWRITE_WITH_GRADIENT in grads:
       optimized, opt_state = _api.step(
-          self.tx, grads["params"], self.opt_state, self.params["params"]
+        self.tx, grads["params"], self.opt_state, self.params["params"]
       )
       params: Any = {
-          "params": optimized,
-          OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT],
+        "params": optimized,
+        OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT],
       }
     else:
       params, opt_state = _api.step(self.tx, grads, self.opt_state, self.params)

@@ -42,7 +42,7 @@ def is_inexact(x) -> bool:
 def _has_value(x) -> bool:
   dtype = getattr(x, "dtype", None)
   return dtype != jax.dtypes.float0 and not (
-      dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+    dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
   )
 
 
@@ -56,7 +56,7 @@ def find_states(tree, kind: type) -> Iterator[Any]:
 
 def check_same_structure(tree, params, what: str):
   """Raises a ValueError that names the first leaf in which two trees differ."""
-  if jax.tree.structure(tree) == jax.tree.structure(params):
+  if jax.tree.structure(tree) == jax.tree.structure(params):  # type: ignore[operator]
     return
   found, wanted = named_leaves(tree), named_leaves(params)
   for name in wanted:
@@ -66,8 +66,8 @@ def check_same_structure(tree, params, what: str):
     if name not in wanted:
       raise ValueError(f"{what} have a leaf {name}, which params do not have.")
   raise ValueError(
-      f"{what} and params have the same leaves in different containers:"
-      f" {jax.tree.structure(tree)} and {jax.tree.structure(params)}."
+    f"{what} and params have the same leaves in different containers:"
+    f" {jax.tree.structure(tree)} and {jax.tree.structure(params)}."
   )
 
 
@@ -81,5 +81,5 @@ def check_gradients(grads, params, what: str = "grads"):
       raise ValueError(f"{what}{name} has shape {jnp.shape(g)}; its parameter has {jnp.shape(p)}.")
     if is_float(p) and not is_float(g):
       raise TypeError(
-          f"{what}{name} is {jnp.result_type(g)}; the gradient of a {p.dtype} parameter is a float."
+        f"{what}{name} is {jnp.result_type(g)}; the gradient of a {p.dtype} parameter is a float."
       )

@@ -9,13 +9,13 @@ from pallas_kernels.random_bits import random_bits
 
 
 def apply_update(
-    low: jax.Array,
-    delta: jax.Array | None,
-    update: jax.typing.ArrayLike,
-    fmt: str | DeltaFormat,
-    *,
-    key: jax.typing.ArrayLike | None = None,
-    implementation: launch.Implementation | None = None,
+  low: jax.Array,
+  delta: jax.Array | None,
+  update: jax.typing.ArrayLike,
+  fmt: str | DeltaFormat,
+  *,
+  key: jax.typing.ArrayLike | None = None,
+  implementation: launch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
   """`split(merge(low, delta) + update)`, in place where the buffers are donated.
 
@@ -67,9 +67,9 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
     return (low_T,) if delta_T is None else (low_T, new_T.astype(delta_T.dtype))
 
   low, *delta = launch.elementwise(
-      tile,
-      key=stream if fmt.needs_key else None,
-      reads=[update],
-      in_place=[low] if delta is None else [low, delta],
+    tile,
+    key=stream if fmt.needs_key else None,
+    reads=[update],
+    in_place=[low] if delta is None else [low, delta],
   )
   return low, delta[0] if delta else None

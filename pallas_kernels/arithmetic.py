@@ -111,7 +111,7 @@ def _narrow(x_bits, grid: FloatGrid, low):
 
 
 def round_to(x, dtype, rounding: Rounding, bits=None, *, saturate=True):
-  """float32 -> a narrow dtype, with `rounding`; off the top it saturates, or overflows as IEEE does."""
+  """float32 -> a narrow dtype; past its largest value it saturates, or overflows as IEEE does."""
   grid = GRIDS[jnp.dtype(dtype)]
   x_bits = bits_of(x)
   top = grid.max_code if saturate else grid.inf_code
@@ -196,9 +196,9 @@ def merge_values(low, delta, fmt: DeltaFormat):
     ulp = 2.0 ** (1 - grid.bias - grid.mantissa_bits - k)
     subnormal = bits_of(fine.astype(_I32).astype(jnp.float32) * jnp.float32(ulp))
     magnitude = jnp.where(
-        fine < _U32(1 << (grid.mantissa_bits + k)),
-        subnormal,
-        magnitude + _U32((F32_BIAS - grid.bias) << F32_MANTISSA),
+      fine < _U32(1 << (grid.mantissa_bits + k)),
+      subnormal,
+      magnitude + _U32((F32_BIAS - grid.bias) << F32_MANTISSA),
     )
   code = low_bits_of(low) & _U32(0x7FFF)
   special = (code << _U32(F32_MANTISSA - grid.mantissa_bits)) | _U32(F32_INF)
@@ -247,7 +247,7 @@ def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
   Returns:
     (update, delta), such that the residual belongs to the weight that is reached.
   """
-  grid, k = fmt.grid, fmt.extra_bits
+  k = fmt.extra_bits
   old, new = widen(old_low), widen(low)
   top = jnp.float32(jnp.finfo(update_dtype).max)
   difference = new - old

@@ -9,16 +9,16 @@ from pallas_kernels.random_bits import key_words, stream_keys
 
 
 def float32_array(x, name: str) -> jax.Array:
-  """x as an array, which has to be float32."""
+  """X as an array, which has to be float32."""
   x = x if isinstance(x, jax.Array) else jnp.asarray(x)
   if x.dtype != jnp.float32:
     raise TypeError(f"{name} is float32; got {x.dtype}{list(x.shape)}.")
   return x
 
 
-def stream_of(key, fmt: DeltaFormat | None, what: str) -> jax.Array | None:
+def stream_of(key, fmt: DeltaFormat, what: str) -> jax.Array | None:
   """The stream's words for a user's key; None where the format draws nothing."""
-  if fmt is not None and not fmt.needs_key:
+  if not fmt.needs_key:
     return None
   if key is None:
     raise ValueError(f"{what} rounds stochastically and needs a key: pass key=jax.random.key(...).")
@@ -32,8 +32,8 @@ def residual(low: jax.Array, delta: jax.Array | None, fmt: DeltaFormat, what: st
   expected = packing.stored_struct(low.shape, fmt)
   if _describe(delta) != _describe(expected):
     raise ValueError(
-        f"{what} of shape {low.shape} in format {fmt.name} has the residual"
-        f" {_describe(expected)}; got {_describe(delta)}."
+      f"{what} of shape {low.shape} in format {fmt.name} has the residual"
+      f" {_describe(expected)}; got {_describe(delta)}."
     )
 
 

@@ -32,16 +32,16 @@ class FloatGrid:
 
 
 GRIDS = {
-    jnp.dtype(jnp.bfloat16): FloatGrid(16, 7, 127, 0x7F7F, 0x7F80, 0x7FC0),
-    jnp.dtype(jnp.float16): FloatGrid(16, 10, 15, 0x7BFF, 0x7C00, 0x7E00),
-    jnp.dtype(jnp.float8_e4m3fn): FloatGrid(8, 3, 7, 0x7E, 0x7F, 0x7F),
-    jnp.dtype(jnp.float8_e5m2): FloatGrid(8, 2, 15, 0x7B, 0x7C, 0x7E),
+  jnp.dtype(jnp.bfloat16): FloatGrid(16, 7, 127, 0x7F7F, 0x7F80, 0x7FC0),
+  jnp.dtype(jnp.float16): FloatGrid(16, 10, 15, 0x7BFF, 0x7C00, 0x7E00),
+  jnp.dtype(jnp.float8_e4m3fn): FloatGrid(8, 3, 7, 0x7E, 0x7F, 0x7F),
+  jnp.dtype(jnp.float8_e5m2): FloatGrid(8, 2, 15, 0x7B, 0x7C, 0x7E),
 }
 
 SHORT_NAMES = {
-    "bf16": jnp.dtype(jnp.bfloat16),
-    "fp16": jnp.dtype(jnp.float16),
-    "fp32": jnp.dtype(jnp.float32),
+  "bf16": jnp.dtype(jnp.bfloat16),
+  "fp16": jnp.dtype(jnp.float16),
+  "fp32": jnp.dtype(jnp.float32),
 }
 _ACCEPTED = '"bf16+K" or "fp16+K" with K = 0..16, or "fp32"'
 
@@ -84,8 +84,8 @@ class DeltaFormat:
       dtype = self.dtype
     if dtype not in SHORT_NAMES.values():
       raise ValueError(
-          "A weight format's dtype is bfloat16, float16, or float32 for"
-          f" a weight that is left alone; got {self.dtype!r}."
+        "A weight format's dtype is bfloat16, float16, or float32 for"
+        f" a weight that is left alone; got {self.dtype!r}."
       )
     object.__setattr__(self, "dtype", dtype)  # one spelling: hashable, equal
     bits = self.extra_bits

@@ -8,14 +8,14 @@ and needs no temporary; the ragged end is computed by XLA, on the refs and
 after the kernel (slicing it off before would copy everything).
 """
 
-import math
 from collections.abc import Callable, Sequence
+import math
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
 
 from pallas_kernels.random_bits import element_bits
 
@@ -24,7 +24,7 @@ Implementation = Literal["xla", "mosaic_gpu"]
 TILE = 1024  # elements a program
 
 
-def _layout(vector: int) -> plgpu.Layout:
+def _layout(vector: int):
   """A tile over 128 threads, `vector` neighbouring elements at a time."""
   tiling = plgpu.Tiling(((128 * vector,), (32 * vector,), (vector,)))
   return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -34,7 +34,7 @@ MAX_SIZE = 2**31 - 1  # a program's first element is an int32
 
 
 def resolve(
-    implementation: Implementation | None, *arrays: jax.Array, residual_bits: int = 0
+  implementation: Implementation | None, *arrays: jax.Array, residual_bits: int = 0
 ) -> Implementation:
   """Checks an operation's `implementation`, and chooses it where it is None.
 
@@ -56,13 +56,11 @@ def resolve(
   if implementation in (None, "xla"):
     return "xla"
   if implementation != "mosaic_gpu":
-    raise ValueError(
-        f'implementation is None, "xla" or "mosaic_gpu"; got {implementation!r}.'
-    )
+    raise ValueError(f'implementation is None, "xla" or "mosaic_gpu"; got {implementation!r}.')
   if residual_bits not in (0, 8, 16):
     raise ValueError(
-        '"mosaic_gpu" takes residuals of 0, 8 or 16 bits, which need no packing; got'
-        f' {residual_bits} bits. "xla" takes every width.'
+      '"mosaic_gpu" takes residuals of 0, 8 or 16 bits, which need no packing; got'
+      f' {residual_bits} bits. "xla" takes every width.'
     )
   if arrays[0].size > MAX_SIZE:
     raise ValueError(f'"mosaic_gpu" takes at most {MAX_SIZE} elements; got {arrays[0].size}.')
@@ -88,9 +86,9 @@ def _check_devices(arrays):
     return
   if device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) < 9.0:
     raise ValueError(
-        '"mosaic_gpu" runs on NVIDIA GPUs of compute capability 9.0 (Hopper) or later, or on a'
-        " CPU under jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode();"
-        f' the arrays are on {device.device_kind!r}. Use "xla" or None.'
+      '"mosaic_gpu" runs on NVIDIA GPUs of compute capability 9.0 (Hopper) or later, or on a'
+      " CPU under jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode();"
+      f' the arrays are on {device.device_kind!r}. Use "xla" or None.'
     )
 
 
@@ -103,12 +101,12 @@ def _interpreter_is_forced() -> bool:
 
 
 def elementwise(
-    tile: Callable,
-    *,
-    key: jax.Array | None = None,
-    reads: Sequence[jax.Array] = (),
-    in_place: Sequence[jax.Array] = (),
-    outputs: Sequence[jax.typing.DTypeLike] = (),
+  tile: Callable,
+  *,
+  key: jax.Array | None = None,
+  reads: Sequence[jax.Array] = (),
+  in_place: Sequence[jax.Array] = (),
+  outputs: Sequence[jax.typing.DTypeLike] = (),
 ) -> list[jax.Array]:
   """Runs `tile` over arrays of one shape, as a kernel.
 
@@ -136,15 +134,16 @@ def elementwise(
   def body(*operands):
     key_refs, read_refs = operands[: len(keys)], operands[len(keys) : len(keys) + len(reads)]
     written_refs = operands[len(keys) + len(reads) :]
-    here = pl.ds(jax.lax.axis_index("tile") * TILE, TILE)
+    start = jax.lax.axis_index("tile") * TILE
+    here = pl.ds(start, TILE)
     loaded = [
-        plgpu.load(ref.at[here], layout=layout, optimized=False)
-        for ref in (*read_refs, *written_refs[: len(in_place)])
+      plgpu.load(ref.at[here], layout=layout, optimized=False)
+      for ref in (*read_refs, *written_refs[: len(in_place)])
     ]
     bits = None
     if key_refs:
       lane = plgpu.broadcasted_iota(jnp.uint32, (TILE,), 0, layout=layout)
-      index = lane + here.start.astype(jnp.uint32)
+      index = lane + start.astype(jnp.uint32)
       bits = element_bits((key_refs[0][0], key_refs[0][1]), index)
     for ref, value in zip(written_refs, tile(bits, *loaded), strict=True):
       ref[here] = value
@@ -155,7 +154,7 @@ def elementwise(
     end = slice(n_main, n)
     index = jax.lax.iota(jnp.uint32, n - n_main) + jnp.uint32(n_main)
     bits = None if key is None else element_bits((key[0], key[1]), index)
-    loaded = [x[end] for x in (*reads, *refs[: len(in_place)])]
+    loaded = [*(x[end] for x in reads), *(ref[end] for ref in refs[: len(in_place)])]
     for ref, value in zip(refs, tile(bits, *loaded), strict=True):
       ref[end] = value
   return [jax.freeze(ref).reshape(shape) for ref in refs]

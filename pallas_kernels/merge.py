@@ -8,11 +8,11 @@ from pallas_kernels.formats import DeltaFormat
 
 
 def merge(
-    low: jax.Array,
-    delta: jax.Array | None,
-    fmt: str | DeltaFormat,
-    *,
-    implementation: launch.Implementation | None = None,
+  low: jax.Array,
+  delta: jax.Array | None,
+  fmt: str | DeltaFormat,
+  *,
+  implementation: launch.Implementation | None = None,
 ) -> jax.Array:
   """The float32 values that `split` was given, on the format's grid.
 

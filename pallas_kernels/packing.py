@@ -11,6 +11,8 @@
 - A scalar: the next integer type.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -37,9 +39,8 @@ def stored_struct(shape: tuple[int, ...], fmt: DeltaFormat) -> jax.ShapeDtypeStr
 
 def pack(delta: jax.Array | None, fmt: DeltaFormat) -> jax.Array | None:
   """int32 residuals of a weight's shape -> their storage (`stored_struct`)."""
-  if delta is None:
+  if delta is None or (struct := stored_struct(delta.shape, fmt)) is None:
     return None
-  struct = stored_struct(delta.shape, fmt)
   if struct.dtype != jnp.uint8:
     return delta.astype(struct.dtype)
   # XLA cannot fuse packing with what writes the weight, another shape. The
@@ -57,8 +58,8 @@ def pack(delta: jax.Array | None, fmt: DeltaFormat) -> jax.Array | None:
   for offset, width in _parts(fmt.residual_bits):
     field = (v >> _U32(offset)) & _U32((1 << width) - 1)
     columns = jnp.split(field, 8 // width, axis=-1)
-    byte = sum(c << _U32(i * width) for i, c in enumerate(columns))
-    parts.append(byte.astype(jnp.uint8))
+    shifted = [c << _U32(i * width) for i, c in enumerate(columns)]
+    parts.append(functools.reduce(jnp.bitwise_or, shifted).astype(jnp.uint8))
   return jnp.concatenate(parts, axis=-1).reshape(struct.shape)
 
 

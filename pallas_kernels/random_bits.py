@@ -23,9 +23,9 @@ Dieharder battery by `benchmarks/random_stream.py`, whose output is kept in
 `docs/random_stream.md`.
 """
 
+from collections.abc import Sequence
 import hashlib
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.extend.random
@@ -52,11 +52,11 @@ def key_words(key: jax.typing.ArrayLike) -> jax.Array:
   elif _is_integer(key):
     words = jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
   else:
-    words = key if isinstance(key, jax.Array) else np.asarray(key)
+    words = key if isinstance(key, jax.Array) else np.asarray(key)  # type: ignore[assignment]
   if words.dtype != jnp.uint32 or words.shape not in ((2,), (4,)):
     raise TypeError(
-        "key is an integer seed, a jax.random key, or raw key data (uint32 [2]"
-        f" or [4]); got {words.dtype}{list(words.shape)}."
+      "key is an integer seed, a jax.random key, or raw key data (uint32 [2]"
+      f" or [4]); got {words.dtype}{list(words.shape)}."
     )
   words = jnp.asarray(words)
   if words.shape == (4,):  # RBG keys: two words keyed by the other two
@@ -78,7 +78,7 @@ def leaf_id(path: str) -> tuple[int, int]:
 
 
 def stream_keys(
-    words: jax.Array, step: jax.typing.ArrayLike = 0, leaf_ids: Sequence[tuple[int, int]] = ((0, 0),)
+  words: jax.Array, step: jax.typing.ArrayLike = 0, leaf_ids: Sequence[tuple[int, int]] = ((0, 0),)
 ) -> jax.Array:
   """The two words that key each leaf's stream at one step.
 

@@ -8,11 +8,11 @@ from pallas_kernels.random_bits import random_bits
 
 
 def split(
-    x: jax.typing.ArrayLike,
-    fmt: str | DeltaFormat,
-    *,
-    key: jax.typing.ArrayLike | None = None,
-    implementation: launch.Implementation | None = None,
+  x: jax.typing.ArrayLike,
+  fmt: str | DeltaFormat,
+  *,
+  key: jax.typing.ArrayLike | None = None,
+  implementation: launch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Splits float32 values into half-precision weights and packed residuals.
 
@@ -63,6 +63,6 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
 
   outputs = [fmt.dtype] if residual is None else [fmt.dtype, residual.dtype]
   low, *delta = launch.elementwise(
-      tile, key=stream if fmt.needs_key else None, reads=[x], outputs=outputs
+    tile, key=stream if fmt.needs_key else None, reads=[x], outputs=outputs
   )
   return low, delta[0] if delta else None

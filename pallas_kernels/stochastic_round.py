@@ -5,15 +5,15 @@ import jax.numpy as jnp
 
 from pallas_kernels import arithmetic, checks, launch
 from pallas_kernels.formats import GRIDS
-from pallas_kernels.random_bits import random_bits
+from pallas_kernels.random_bits import key_words, random_bits, stream_keys
 
 
 def stochastic_round(
-    key: jax.typing.ArrayLike,
-    x: jax.typing.ArrayLike,
-    dtype: jax.typing.DTypeLike,
-    *,
-    implementation: launch.Implementation | None = None,
+  key: jax.typing.ArrayLike,
+  x: jax.typing.ArrayLike,
+  dtype: jax.typing.DTypeLike,
+  *,
+  implementation: launch.Implementation | None = None,
 ) -> jax.Array:
   """Rounds to one of the two neighbours in `dtype`, with the value as expectation.
 
@@ -46,7 +46,7 @@ def stochastic_round(
     accepted = ", ".join(str(d) for d in GRIDS)
     raise ValueError(f"stochastic_round rounds to {accepted}; got {dtype}.")
   x = checks.float32_array(x, "x")
-  stream = checks.stream_of(key, None, "stochastic_round")
+  stream = stream_keys(key_words(key))[0]
   if launch.resolve(implementation, x) == "xla":
     return arithmetic.round_to(x, dtype, "stochastic", random_bits(stream, x.shape))
 

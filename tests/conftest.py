@@ -5,9 +5,9 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
-import jax  # noqa: E402  (the environment comes first)
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 
@@ -30,7 +30,7 @@ def float32_classes(count: int = 1 << 16, seed: int = 0) -> np.ndarray:
       np.uint32,
   )  # fmt: skip
   positive = np.concatenate(
-      [random_bits, *ties, *off_ties, small, half_range, half_tiny, edges]
+    [random_bits, *ties, *off_ties, small, half_range, half_tiny, edges]
   ).astype(np.uint32)
   return np.concatenate([positive, positive ^ np.uint32(1 << 31)]).view(np.float32)
 

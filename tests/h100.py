@@ -46,7 +46,7 @@ def sharding(target: str = "h100"):
   text = _TARGET.format(**TARGETS[target])
   try:
     topology = topologies.get_topology_desc(
-        "", platform="cuda", target_config=text, topology="1x1x1"
+      "", platform="cuda", target_config=text, topology="1x1x1"
     )
   except Exception as error:  # the plugin's own kinds; only a missing plugin is expected
     if "cuda" not in str(error).lower():

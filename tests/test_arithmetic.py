@@ -2,13 +2,14 @@
 
 import functools
 
-from hypothesis import given, settings, strategies as st
+from conftest import bits32, bits_low, float32_classes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import bits32, bits_low, float32_classes
 import optax_lowmem as lowmem
 from pallas_kernels import packing
 
@@ -35,7 +36,9 @@ def all_formats(step=1):
           yield lowmem.DeltaFormat(dtype, bits, rounding, low_rounding)
 
 
-@pytest.mark.parametrize("fmt", list(all_formats()), ids=lambda f: f"{f.name}-{f.rounding}-{f.low_rounding}")
+@pytest.mark.parametrize(
+  "fmt", list(all_formats()), ids=lambda f: f"{f.name}-{f.rounding}-{f.low_rounding}"
+)
 def test_round_trip(fmt):
   x = FEW
   low, delta = split(x, fmt)
@@ -50,7 +53,9 @@ def test_round_trip(fmt):
   if fmt.low_rounding == "nearest":  # law 5
     assert (bits_low(again_low)[~nan] == bits_low(low)[~nan]).all()
     if delta is not None:
-      assert (np.asarray(unpack(again_delta, x, fmt)) == np.asarray(unpack(delta, x, fmt)))[~nan].all()
+      assert (np.asarray(unpack(again_delta, x, fmt)) == np.asarray(unpack(delta, x, fmt)))[
+        ~nan
+      ].all()
   again = np.asarray(merge(again_low, again_delta, fmt))
   assert (bits32(again)[~nan] == bits32(back)[~nan]).all()  # a value on the grid stays
 
@@ -175,7 +180,10 @@ def test_saturation(name):
   assert (value[2:] == x[2:]).all()
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (31,), (32,), (33,), (64,), (3, 5), (2, 3, 100), (0,), (4, 0), (129, 65), (200, 40)])
+@pytest.mark.parametrize(
+  "shape",
+  [(), (1,), (31,), (32,), (33,), (64,), (3, 5), (2, 3, 100), (0,), (4, 0), (129, 65), (200, 40)],
+)
 @pytest.mark.parametrize("bits", range(17))
 @pytest.mark.parametrize("low_rounding", ["nearest", "stochastic"])
 def test_storage(shape, bits, low_rounding):

@@ -3,15 +3,16 @@
 import functools
 import pickle
 
+from conftest import assert_trees_equal, bits32, bits_low, float32_classes
 import flax.serialization
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from conftest import assert_trees_equal, bits32, bits_low, float32_classes
 import optax_lowmem as lowmem
 
 FORMATS = ["bf16+0", "bf16+4", "bf16+8", "bf16+16", "fp16+8", "fp16+13"]
@@ -20,21 +21,23 @@ FORMATS = ["bf16+0", "bf16+4", "bf16+8", "bf16+16", "fp16+8", "fp16+13"]
 def make_params(seed=0):
   k = jax.random.split(jax.random.key(seed), 3)
   return {
-      "dense": {"kernel": jax.random.normal(k[0], (40, 33)) * 0.1, "bias": jnp.zeros(7)},
-      "scale": jnp.float32(1.5),
-      "none": None,
-      "empty": jnp.zeros((0, 4)),
-      "list": [jax.random.normal(k[1], (3, 2, 64))],
+    "dense": {"kernel": jax.random.normal(k[0], (40, 33)) * 0.1, "bias": jnp.zeros(7)},
+    "scale": jnp.float32(1.5),
+    "none": None,
+    "empty": jnp.zeros((0, 4)),
+    "list": [jax.random.normal(k[1], (3, 2, 64))],
   }
 
 
 def make_grads(params, seed, scale=1.0):
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return tree.unflatten([
+  return tree.unflatten(
+    [
       (jax.random.normal(k, p.shape) * scale).astype(p.dtype)
       for k, p in zip(keys, leaves, strict=True)
-  ])
+    ]
+  )
 
 
 def update_step(tx):
@@ -83,25 +86,23 @@ def test_landing_anywhere(fmt):
 def test_step_is_update_and_apply(fmt, wrap):
   """`step` gives the bits of update and apply_updates, wherever our member stands last."""
   tx = {
-      "inner": lambda: lowmem.delta_bits(optax.adamw(1e-2), fmt),
-      "chain": lambda: optax.chain(
-          optax.clip_by_global_norm(1.0), optax.adamw(1e-2), lowmem.delta_bits(weights=fmt)
-      ),
-      "partition": lambda: optax.partition(
-          {"a": lowmem.delta_bits(optax.adam(1e-2), fmt), "b": lowmem.delta_bits(optax.sgd(0.1), fmt)},
-          {"dense": "a", "scale": "b", "none": "a", "empty": "b", "list": "b"},
-      ),
-      "masked": lambda: optax.chain(
-          optax.adam(1e-2),
-          optax.masked(
-              lowmem.delta_bits(weights=fmt), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
-          ),
-      ),
-      "schedule": lambda: lowmem.delta_bits(optax.adam(optax.linear_schedule(1e-2, 0.0, 10)), fmt),
-      "inject": lambda: optax.inject_hyperparams(
-          lambda learning_rate, b2: lowmem.delta_bits(optax.adam(learning_rate, b2=b2), fmt),
-          hyperparam_dtype=jnp.float32,
-      )(1e-2, 0.999),
+    "inner": lambda: lowmem.delta_bits(optax.adamw(1e-2), fmt),
+    "chain": lambda: optax.chain(
+      optax.clip_by_global_norm(1.0), optax.adamw(1e-2), lowmem.delta_bits(weights=fmt)
+    ),
+    "partition": lambda: optax.partition(
+      {"a": lowmem.delta_bits(optax.adam(1e-2), fmt), "b": lowmem.delta_bits(optax.sgd(0.1), fmt)},
+      {"dense": "a", "scale": "b", "none": "a", "empty": "b", "list": "b"},
+    ),
+    "masked": lambda: optax.chain(
+      optax.adam(1e-2),
+      optax.masked(lowmem.delta_bits(weights=fmt), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+    ),
+    "schedule": lambda: lowmem.delta_bits(optax.adam(optax.linear_schedule(1e-2, 0.0, 10)), fmt),
+    "inject": lambda: optax.inject_hyperparams(
+      lambda learning_rate, b2: lowmem.delta_bits(optax.adam(learning_rate, b2=b2), fmt),
+      hyperparam_dtype=jnp.float32,
+    )(1e-2, 0.999),
   }[wrap]()
   params, state = lowmem.init(tx, make_params())
   a = b = (params, state)
@@ -117,10 +118,10 @@ def test_step_is_update_and_apply(fmt, wrap):
 def test_bf16_16_follows_a_float32_master(optimizer):
   """Law 9, 1,000 steps of given gradients: equal bits."""
   inner = {
-      "adamw": lambda: optax.adamw(1e-2),
-      "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
-      "lion": lambda: optax.lion(1e-3),
-      "adabelief": lambda: optax.adabelief(1e-2),
+    "adamw": lambda: optax.adamw(1e-2),
+    "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
+    "lion": lambda: optax.lion(1e-3),
+    "adabelief": lambda: optax.adabelief(1e-2),
   }[optimizer]()
   tx = lowmem.delta_bits(inner, "bf16+16")
   params32 = {"w": jax.random.normal(jax.random.key(1), (32, 40)), "b": jnp.zeros(5)}
@@ -131,7 +132,7 @@ def test_bf16_16_follows_a_float32_master(optimizer):
   def both(carry, i):
     params, state, params32, state32 = carry
     grads = jax.tree.map(
-        lambda p: jnp.sin(i * 0.37 + jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params32
+      lambda p: jnp.sin(i * 0.37 + jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params32
     )
     params, state = lowmem.step(tx, grads, state, params)
     updates, state32 = inner.update(grads, state32, params32)
@@ -165,10 +166,10 @@ def test_other_leaves_pass_through():
   """Law 10: float32, float64, complex and integer leaves have Optax's own behaviour."""
   with jax.enable_x64(True):
     params = {
-        "f32": jnp.arange(3.0, dtype=jnp.float32),
-        "f64": jnp.arange(3.0, dtype=jnp.float64),
-        "c64": jnp.arange(3.0).astype(jnp.complex64),
-        "i32": jnp.arange(3, dtype=jnp.int32),
+      "f32": jnp.arange(3.0, dtype=jnp.float32),
+      "f64": jnp.arange(3.0, dtype=jnp.float64),
+      "c64": jnp.arange(3.0).astype(jnp.complex64),
+      "i32": jnp.arange(3, dtype=jnp.int32),
     }
     grads = jax.tree.map(jnp.ones_like, params)
     inner = optax.sgd(1)
@@ -182,7 +183,10 @@ def test_other_leaves_pass_through():
 def test_weights_prefix_and_callable():
   params32 = make_params()
   prefix = {"dense": "bf16+8", "scale": "fp32", "none": "fp32", "empty": "fp32", "list": ["fp16+4"]}
-  for weights in (prefix, lambda path, leaf: prefix[path[0].key] if path[0].key != "list" else "fp16+4"):
+  for weights in (
+    prefix,
+    lambda path, leaf: prefix[path[0].key] if path[0].key != "list" else "fp16+4",
+  ):
     params, state = lowmem.init(lowmem.delta_bits(optax.sgd(0.1), weights), params32)
     assert params["dense"]["kernel"].dtype == jnp.bfloat16
     assert params["scale"].dtype == jnp.float32
@@ -197,7 +201,7 @@ def test_init_from_half_precision_params():
   tx = lowmem.delta_bits(optax.adam(1e-3), "bf16+8")
   state = tx.init(params)
   assert_trees_equal(
-      lowmem.master_params(params, state), jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    lowmem.master_params(params, state), jax.tree.map(lambda x: x.astype(jnp.float32), params)
   )
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.inner_state[0].mu))
   params, state = update_step(tx)(params, state, make_grads(params, 0))
@@ -209,7 +213,9 @@ def test_small_updates_are_not_lost():
     tx = lowmem.delta_bits(optax.identity(), fmt)
     params, state = lowmem.init(tx, jnp.ones(4096))
     update = jnp.full(4096, 2.0**-17)
-    run = jax.jit(lambda c: jax.lax.fori_loop(0, 1000, lambda i, c: lowmem.step(tx, update, c[1], c[0]), c))
+    run = jax.jit(
+      lambda c: jax.lax.fori_loop(0, 1000, lambda i, c: lowmem.step(tx, update, c[1], c[0]), c)
+    )
     params, state = run((params, state))
     moved = float(jnp.mean(lowmem.master_params(params, state))) - 1
     assert abs(moved / (1000 * 2.0**-17) - 1) < tolerance, fmt
@@ -224,7 +230,7 @@ def test_other_low_roundings(low_rounding):
   params, state = lowmem.init(tx, make_params())
   before = lowmem.master_params(params, state)
   new, state = jax.jit(functools.partial(lowmem.step, tx))(
-      jax.tree.map(jnp.zeros_like, params), state, params
+    jax.tree.map(jnp.zeros_like, params), state, params
   )
   assert_trees_equal(new, params)  # no update, no new draw
   assert_trees_equal(lowmem.master_params(new, state), before)
@@ -291,7 +297,8 @@ def test_extra_args_and_traced_learning_rate():
   params, state = lowmem.init(tx, make_params())
   grads = make_grads(params, 0)
   assert_trees_equal(
-      train(jnp.float32(0.25), grads, state, params), jax.jit(functools.partial(lowmem.step, tx))(grads, state, params)
+    train(jnp.float32(0.25), grads, state, params),
+    jax.jit(functools.partial(lowmem.step, tx))(grads, state, params),
   )
 
 
@@ -304,9 +311,16 @@ def test_half_precision_hyperparameters_are_refused():
 
 
 def test_member_behind_is_refused_by_name():
-  for behind, name in ((optax.scale(0.5), "scale"), (optax.clip(1.0), "clip"), (optax.add_decayed_weights(0.1), "add_decayed_weights"), (lowmem.delta_bits(), "delta_bits")):
+  for behind, name in (
+    (optax.scale(0.5), "scale"),
+    (optax.clip(1.0), "clip"),
+    (optax.add_decayed_weights(0.1), "add_decayed_weights"),
+    (lowmem.delta_bits(), "delta_bits"),
+  ):
     tx = optax.chain(lowmem.delta_bits(optax.sgd(0.1)), behind)
-    params, state = lowmem.init(optax.chain(lowmem.delta_bits(optax.sgd(0.1)), optax.identity()), make_params())
+    params, state = lowmem.init(
+      optax.chain(lowmem.delta_bits(optax.sgd(0.1)), optax.identity()), make_params()
+    )
     state = tx.init(params)
     with pytest.raises(ValueError, match=f": {name} stands behind"):
       lowmem.step(tx, make_grads(params, 0), state, params)
@@ -386,7 +400,7 @@ def test_under_transformations():
   shapes = jax.eval_shape(functools.partial(lowmem.init, tx), params32)
   params, state = lowmem.init(tx, params32)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-      lambda x: (x.shape, x.dtype), (params, state)
+    lambda x: (x.shape, x.dtype), (params, state)
   )
   jitted = jax.jit(functools.partial(lowmem.init, tx))(params32)
   assert_trees_equal(jitted, (params, state))
@@ -417,10 +431,16 @@ def test_bad_input():
     wrong = {**grads, "dense": {**grads["dense"], "kernel": jnp.zeros((40, 33), jnp.int32)}}
     tx.update(wrong, state, params)
   with pytest.raises(ValueError, match=kernel + ".*residual"):
-    residuals = {**state.residuals, "dense": {**state.residuals["dense"], "kernel": jnp.zeros((40, 32), jnp.int8)}}
+    residuals = {
+      **state.residuals,
+      "dense": {**state.residuals["dense"], "kernel": jnp.zeros((40, 32), jnp.int8)},
+    }
     tx.update(grads, state._replace(residuals=residuals), params)
   with pytest.raises(TypeError, match=kernel + ".*float16"):
-    wrong = {**params, "dense": {**params["dense"], "kernel": params["dense"]["kernel"].astype(jnp.float16)}}
+    wrong = {
+      **params,
+      "dense": {**params["dense"], "kernel": params["dense"]["kernel"].astype(jnp.float16)},
+    }
     tx.update(grads, state, wrong)
   with pytest.raises(TypeError, match="scale.*float16.*bf16"):
     tx.init({"scale": jnp.ones(3, jnp.float16)})
@@ -429,7 +449,9 @@ def test_bad_input():
   with pytest.raises(ValueError, match=r"bf16\+99"):
     lowmem.delta_bits(optax.sgd(0.1), "bf16+99")
   with pytest.raises(ValueError, match="no format for.*list"):
-    lowmem.delta_bits(weights={"dense": "bf16+8", "scale": "bf16+8", "empty": "bf16+8"}).init(params)
+    lowmem.delta_bits(weights={"dense": "bf16+8", "scale": "bf16+8", "empty": "bf16+8"}).init(
+      params
+    )
   with pytest.raises(ValueError, match="typo"):
     lowmem.delta_bits(weights={"w": "bf16+8", "typo": "fp32"}).init({"w": jnp.ones(3)})
   with pytest.raises(ValueError, match="update_dtype"):
@@ -444,14 +466,16 @@ def test_random_trees(data):
   """Laws 8, 10 and 11 on random trees of shapes, dtypes and formats."""
   shapes = st.sampled_from([(), (1,), (5,), (33,), (2, 3), (4, 32), (0,), (3, 0)])
   leaf = st.one_of(
-      st.none(),
-      st.tuples(shapes, st.sampled_from(["bf16+8", "bf16+3", "fp16+8", "bf16+0", "fp32"])),
+    st.none(),
+    st.tuples(shapes, st.sampled_from(["bf16+8", "bf16+3", "fp16+8", "bf16+0", "fp32"])),
   )
   tree = {"root": data.draw(st.recursive(leaf, lambda x: st.one_of(
       st.lists(x, max_size=3), st.dictionaries(st.sampled_from("abc"), x, max_size=3)
   ), max_leaves=5))}  # fmt: skip
   is_leaf = lambda x: isinstance(x, tuple)
-  params32 = jax.tree.map(lambda s: jnp.linspace(-1, 1, int(np.prod(s[0]))).reshape(s[0]), tree, is_leaf=is_leaf)
+  params32 = jax.tree.map(
+    lambda s: jnp.linspace(-1, 1, int(np.prod(s[0]))).reshape(s[0]), tree, is_leaf=is_leaf
+  )
   weights = jax.tree.map(lambda s: s[1], tree, is_leaf=is_leaf)
   tx = lowmem.delta_bits(optax.adam(1e-2), weights)
   params, state = lowmem.init(tx, params32)

@@ -4,22 +4,22 @@ import functools
 import os
 import re
 
+import h100
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-import h100
 import optax_lowmem as lowmem
 import pallas_kernels
 from pallas_kernels import packing
 
 pytestmark = [
-    pytest.mark.h100,
-    pytest.mark.skipif(
-        not os.environ.get("REQUIRE_H100") and h100.sharding() is None,
-        reason="the h100 extra is not installed",
-    ),
+  pytest.mark.h100,
+  pytest.mark.skipif(
+    not os.environ.get("REQUIRE_H100") and h100.sharding() is None,
+    reason="the h100 extra is not installed",
+  ),
 ]
 
 SHAPE = (1 << 12, 1 << 10)
@@ -67,13 +67,15 @@ def test_kernel(operation, fmt, monkeypatch, capfd):
   if donated:
     low_and_delta = sum(s.size * s.dtype.itemsize for s in structs[:2] if s is not None)
     assert stats.alias_size_in_bytes == low_and_delta
-  widths = [int(w or 32) for w in re.findall(r"\bLD(?:G)?\.E(?:\.CONSTANT)?(?:\.(64|128))?\b", sass)]
+  widths = [
+    int(w or 32) for w in re.findall(r"\bLD(?:G)?\.E(?:\.CONSTANT)?(?:\.(64|128))?\b", sass)
+  ]
   bulk = [w for w in widths if w > 32]  # the two words of the key are single
   if operation == "merge":  # float32 results: 16 bytes stored, 4 elements
     assert re.search(r"\bST(?:G)?\.E\.128\b", sass)
   else:
     assert 128 in bulk
-  assert bulk and min(bulk) >= 64 or fmt == "bf16+8" and operation == "merge"
+  assert (bulk and min(bulk) >= 64) or (fmt == "bf16+8" and operation == "merge")
 
 
 @pytest.mark.parametrize("operation", ["stochastic_round", "split", "merge", "apply_update"])

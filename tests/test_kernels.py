@@ -2,13 +2,13 @@
 
 import functools
 
+from conftest import assert_trees_equal, float32_classes
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import assert_trees_equal, float32_classes
 import optax_lowmem as lowmem
 import pallas_kernels
 
@@ -42,7 +42,9 @@ def test_split_merge_apply_update(name, size):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "truncate"])
-@pytest.mark.parametrize("low_rounding, bits", [("nearest", 8), ("stochastic", 7), ("truncate", 15)])
+@pytest.mark.parametrize(
+  "low_rounding, bits", [("nearest", 8), ("stochastic", 7), ("truncate", 15)]
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_roundings(dtype, bits, rounding, low_rounding):
   fmt = lowmem.DeltaFormat(dtype, bits, rounding, low_rounding)
@@ -70,7 +72,7 @@ def test_jit_and_donation():
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def f(low, delta):
     return pallas_kernels.apply_update(
-        low, delta, update, "bf16+8", key=2, implementation="mosaic_gpu"
+      low, delta, update, "bf16+8", key=2, implementation="mosaic_gpu"
     )
 
   with plgpu.force_gpu_interpret_mode():

@@ -2,22 +2,28 @@
 
 import functools
 
+from conftest import assert_trees_equal
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from conftest import assert_trees_equal
 import optax_lowmem as lowmem
 
 
 def make(fmt="fp16+8", scaled=lowmem.dynamic_loss_scale, **kwargs):
-  inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_noise(0.1, 0.5, 0))
+  inner = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(1e-2), optax.add_noise(0.1, 0.5, 0)
+  )
   return scaled(lowmem.delta_bits(inner, fmt), **kwargs)
 
 
-PARAMS32 = {"w": jnp.linspace(-2, 2, 96).reshape(3, 32), "b": jnp.zeros(5), "z": jnp.array([-0.0, 0.0, 1e-7])}
+PARAMS32 = {
+  "w": jnp.linspace(-2, 2, 96).reshape(3, 32),
+  "b": jnp.zeros(5),
+  "z": jnp.array([-0.0, 0.0, 1e-7]),
+}
 
 
 def apply(tx, how):
@@ -32,7 +38,9 @@ def apply(tx, how):
   return f
 
 
-@pytest.mark.parametrize("fmt", ["fp16+8", "bf16+0", lowmem.DeltaFormat(jnp.bfloat16, 4, low_rounding="stochastic")])
+@pytest.mark.parametrize(
+  "fmt", ["fp16+8", "bf16+0", lowmem.DeltaFormat(jnp.bfloat16, 4, low_rounding="stochastic")]
+)
 @pytest.mark.parametrize("how", ["step", "update"])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_a_bad_step_changes_nothing_but_the_scale(fmt, how, bad):
@@ -50,7 +58,9 @@ def test_a_bad_step_changes_nothing_but_the_scale(fmt, how, bad):
   _, third = f(broken, new, after)
   assert third.skipped == 2 and third.skipped_in_a_row == 2
   resumed, state4 = f(grads, third, after)
-  expected, _ = f(jax.tree.map(lambda g: g * (third.scale / state.scale).astype(g.dtype), grads), third, after)
+  expected, _ = f(
+    jax.tree.map(lambda g: g * (third.scale / state.scale).astype(g.dtype), grads), third, after
+  )
   assert state4.skipped_in_a_row == 0 and state4.skipped == 2
   assert jax.tree.structure(resumed) == jax.tree.structure(expected)
 
@@ -60,7 +70,10 @@ def test_a_skipped_step_is_as_if_not_there():
   tx = make()
   params, state = lowmem.init(tx, PARAMS32)
   f = apply(tx, "step")
-  g = lambda state: jax.tree.map(lambda p: (jnp.ones_like(p, jnp.float32) * lowmem.loss_scale(state) * 0.01).astype(p.dtype), params)
+  g = lambda state: jax.tree.map(
+    lambda p: (jnp.ones_like(p, jnp.float32) * lowmem.loss_scale(state) * 0.01).astype(p.dtype),
+    params,
+  )
   bad = jax.tree.map(lambda p: p * jnp.inf + jnp.nan, g(state))
   a_params, a_state = f(g(state), state, params)
   a_params, a_state = f(g(a_state), a_state, a_params)
@@ -135,7 +148,10 @@ def test_static_scale_never_moves_and_skips():
 
 def test_loss_scale_inside_delta_bits():
   """The other order: a skipped step uses up no random bits either."""
-  tx = lowmem.delta_bits(lowmem.dynamic_loss_scale(optax.sgd(0.1)), lowmem.DeltaFormat(jnp.bfloat16, 4, low_rounding="stochastic"))
+  tx = lowmem.delta_bits(
+    lowmem.dynamic_loss_scale(optax.sgd(0.1)),
+    lowmem.DeltaFormat(jnp.bfloat16, 4, low_rounding="stochastic"),
+  )
   params, state = lowmem.init(tx, PARAMS32)
   bad = jax.tree.map(lambda p: p * jnp.nan, params)
   after, new = apply(tx, "step")(bad, state, params)

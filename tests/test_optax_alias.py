@@ -18,7 +18,12 @@ from optax._src import alias_test
 
 import optax_lowmem as lowmem
 
-GRADIENT_DTYPE_TESTS = ("test_preserve_dtype", "test_state_shape_dtype_shard_stability", "test_gradient_accumulation")
+GRADIENT_DTYPE_TESTS = (
+  "test_preserve_dtype",
+  "test_state_shape_dtype_shard_stability",
+  "test_gradient_accumulation",
+)
+
 
 def weights(path, leaf):
   del path
@@ -59,7 +64,10 @@ class AliasTest(alias_test.AliasTest):
 def _expects_float32(self):
   """The exceptions of `test_explicit_dtype` (see above): the moment is float32, not bfloat16."""
   params = jnp.array([0.0, 0.0], jnp.bfloat16)
-  for inner, name in ((optax_alias.sgd(0.1, momentum=0.9), "trace"), (optax_alias.adamw(0.1), "mu")):
+  for inner, name in (
+    (optax_alias.sgd(0.1, momentum=0.9), "trace"),
+    (optax_alias.adamw(0.1), "mu"),
+  ):
     state = lowmem.delta_bits(inner, weights).init(params)
     self.assertEqual(optax.tree.get(state, name).dtype, jnp.float32)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from conftest import assert_trees_equal
 import flax
 import flax.linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -12,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-from conftest import assert_trees_equal
 import optax_lowmem as lowmem
 
 
@@ -83,14 +83,14 @@ def test_step_counts_every_call():
 
 def test_overwrite_with_gradient():
   params = {
-      "params": {"w": jnp.ones((4, 40))},
-      OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(1), "history": jnp.ones(8)},
+    "params": {"w": jnp.ones((4, 40))},
+    OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(1), "history": jnp.ones(8)},
   }
   tx = lowmem.delta_bits(optax.sgd(0.5), "bf16+8")
   state = lowmem.TrainState.create(apply_fn=None, params=params, tx=tx, loss_scale=4.0)
   grads = {
-      "params": {"w": jnp.full((4, 40), 4.0, jnp.bfloat16)},
-      OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(1, jnp.inf), "history": jnp.full(8, 3.0)},
+    "params": {"w": jnp.full((4, 40), 4.0, jnp.bfloat16)},
+    OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(1, jnp.inf), "history": jnp.full(8, 3.0)},
   }
   state = state.apply_gradients(grads=grads)
   assert (state.params["params"]["w"] == 0.5).all() and state.opt_state.skipped == 0
@@ -103,7 +103,9 @@ def test_overwrite_with_gradient():
 def test_serialization():
   state, x = make(loss_scale="dynamic")
   state, _ = train(state, x, 3)
-  restored = flax.serialization.from_bytes(make(loss_scale="dynamic")[0], flax.serialization.to_bytes(state))
+  restored = flax.serialization.from_bytes(
+    make(loss_scale="dynamic")[0], flax.serialization.to_bytes(state)
+  )
   restored = jax.tree.map(jnp.asarray, restored)
   a, _ = train(state, x, 2)
   b, _ = train(restored, x, 2)
@@ -151,7 +153,10 @@ def test_memory_table():
 
 def test_memory_table_counts_packed_bits_truly():
   params = {"w": jnp.zeros((10,), jnp.bfloat16)}
-  state = {"mu": {"w": jnp.zeros((10,), jnp.int4)}, "nu": {"w": jax.ShapeDtypeStruct((10,), jnp.uint2)}}
+  state = {
+    "mu": {"w": jnp.zeros((10,), jnp.int4)},
+    "nu": {"w": jax.ShapeDtypeStruct((10,), jnp.uint2)},
+  }
   assert lowmem.memory_table(params, state).parts["moments"] == 5 + 3
   factored = optax.adafactor(1e-3, min_dim_size_to_factor=2)
   p = {"w": jnp.zeros((8, 8))}

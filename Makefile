@@ -1,0 +1,69 @@
+# `make help` lists the commands. Everything happens in virtual environments of
+# its own (.venv, .venv-oldest, .venv-wheel); nothing outside is changed.
+
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+JAX_OLDEST = 0.11.2
+BIN = .venv/bin
+# The compile-only plugin has no GPU and no cuDNN to find; said once here.
+export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
+PYTEST = -m pytest -q -n 2 --dist worksteal
+
+.PHONY: help demo test test-oldest test-wheel lint format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/demo.stamp  ## train a GPT on Shakespeare in five formats (about 7 minutes on two cores), show table and figure
+	$(BIN)/python -m examples.shakespeare --out out
+
+test: .venv/test.stamp  ## all tests, with the newest JAX and the H100 compiler
+	REQUIRE_H100=1 $(BIN)/python $(PYTEST)
+
+test-oldest: .venv-oldest/test.stamp  ## the tests with the oldest supported JAX
+	REQUIRE_H100=1 .venv-oldest/bin/python $(PYTEST) --deselect tests/test_optax_alias.py \
+	  --deselect tests/test_arithmetic.py::test_fp16_13_is_exact_in_the_normal_range
+
+test-wheel: .venv/test.stamp  ## build the wheel, install it into a bare environment, import it there
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install -q dist/*.whl
+	cd .venv-wheel && bin/python -c "import optax_lowmem, pallas_kernels; print('imported', optax_lowmem.__version__, optax_lowmem.__file__)"
+
+lint: .venv/test.stamp  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/test.stamp  ## format with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environments and what was built
+	rm -rf .venv .venv-oldest .venv-wheel dist out
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "optax_lowmem needs Python >= 3.12 and found none on PATH;" \
+	  "install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/pip install -q -e ".[examples]"
+	@# On a machine with an NVIDIA driver, JAX for it.
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install -q -e ".[cuda]"; fi
+	@touch $@
+
+.venv/test.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/pip install -q -e ".[examples,test,lint]"
+	@# The plugins of exactly this JAX: they refuse any other.
+	v=$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)") && \
+	  $(BIN)/pip install -q -e ".[h100]" "jax-cuda13-plugin==$$v" "jax-cuda13-pjrt==$$v"
+	@touch $@
+
+.venv-oldest/test.stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "optax_lowmem needs Python >= 3.12 and found none on PATH." >&2; exit 1; }
+	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -e ".[examples,test,h100]" jax==$(JAX_OLDEST) jaxlib==$(JAX_OLDEST) \
+	  jax-cuda13-plugin==$(JAX_OLDEST) jax-cuda13-pjrt==$(JAX_OLDEST)
+	@touch $@
