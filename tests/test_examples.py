@@ -21,17 +21,17 @@ def test_shakespeare(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("--steps 0", "--steps is at least 1"),
-        ("--width 10 --heads 3", "does not divide"),
-        ("--formats bf16+99", "bf16+99"),
-        ("--formats ,", "names no format"),
-        ("--learning-rate -1", "positive"),
-        ("--b2 1", "between 0 and 1"),
-        ("--eval-windows 65", "multiple"),
-        ("--steps many", "invalid int"),
-    ],
+  "arguments, words",
+  [
+    ("--steps 0", "--steps is at least 1"),
+    ("--width 10 --heads 3", "does not divide"),
+    ("--formats bf16+99", "bf16+99"),
+    ("--formats ,", "names no format"),
+    ("--learning-rate -1", "positive"),
+    ("--b2 1", "between 0 and 1"),
+    ("--eval-windows 65", "multiple"),
+    ("--steps many", "invalid int"),
+  ],
 )
 def test_bad_values(arguments, words, capsys):
   with pytest.raises(SystemExit):
