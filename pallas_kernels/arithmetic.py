@@ -100,10 +100,6 @@ def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bit
   return jnp.where(magnitude > _U32(F32_INF), _U32(grid.nan_code << extra_bits), code)
 
 
-def _sign_and_magnitude(bits):
-  return bits >> _U32(31), bits & _U32(0x7FFFFFFF)
-
-
 def _narrow(x_bits, grid: FloatGrid, low):
   """Puts x's sign on `low` codes; a zero is negative only where x is -0.0."""
   sign = jnp.where(low == _U32(0), x_bits == _U32(0x80000000), (x_bits >> _U32(31)) == _U32(1))

@@ -9,11 +9,10 @@ from pallas_kernels.random_bits import key_words, stream_keys
 
 
 def float32_array(x, name: str) -> jax.Array:
-  """X as an array, which has to be float32."""
-  x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-  if x.dtype != jnp.float32:
+  """x as an array; what has a dtype has to be float32."""
+  if getattr(x, "dtype", jnp.float32) != jnp.float32:
     raise TypeError(f"{name} is float32; got {x.dtype}{list(x.shape)}.")
-  return x
+  return jnp.asarray(x, jnp.float32)
 
 
 def stream_of(key, fmt: DeltaFormat, what: str) -> jax.Array | None:

@@ -11,11 +11,15 @@ tiled or sharded, and nothing is stored. Two stages:
   `triple32` (hash-prospector; exact bias 0.021 of 1), a search's best
   three-round mixer. The first word enters before the first round and the
   second in the middle, so that two leaves' streams are not permutations of
-  one sequence by an exclusive or. It costs 13 integer instructions an element
-  (`benchmarks/random_stream.py --count` counts them in the H100's code), of
-  the about 45 that an H100 can issue while it moves the 10 bytes of an
-  element's update. Philox-2x32-7 and Threefry-2x32-13 cost about 28 and 45
-  and gain nothing that the tests can see.
+  one sequence by an exclusive or.
+
+Why this one: a memory-bound update moves 8 to 10 bytes an element, in which
+time an H100 issues about 35 to 44 integer instructions. This mixer with index
+and threshold takes 15 to 17 of them for bfloat16 (`python -m
+benchmarks.instructions` counts them in the compiled kernels). Philox and
+Threefry give 64 or 128 bits at once, which a tile cannot share out between
+elements without shuffles; their rounds for one element alone (7 of two wide
+multiplications, 13 of add, rotate and exclusive or) would be most of an update.
 
 How good the bits are, in the ways they are used (consecutive elements, steps,
 leaves, seeds; low and high bits): `tests/test_random_bits.py`, and the

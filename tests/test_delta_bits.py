@@ -364,6 +364,24 @@ def test_resume_is_bit_exact():
   assert_trees_equal(step(grads, pickled[1], pickled[0]), step(grads, state, params))
 
 
+@pytest.mark.filterwarnings("ignore")  # Orbax's own
+def test_resume_through_orbax(tmp_path):
+  """Law 14: what Orbax saves is the arrays; the formats come from the target."""
+  ocp = pytest.importorskip("orbax.checkpoint")
+  tx = lowmem.dynamic_loss_scale(lowmem.delta_bits(optax.adamw(1e-2), "bf16+5"))
+  params32 = {k: v for k, v in make_params().items() if k not in ("none", "empty")}
+  saved = lowmem.init(tx, params32)
+  step = jax.jit(functools.partial(lowmem.step, tx))
+  grads = make_grads(saved[0], 0, 100.0)
+  saved = step(grads, saved[1], saved[0])
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "saved", saved)
+    checkpointer.wait_until_finished()
+    restored = checkpointer.restore(tmp_path / "saved", jax.tree.map(jnp.zeros_like, saved))
+  assert_trees_equal(restored, saved)
+  assert_trees_equal(step(grads, restored[1], restored[0]), step(grads, saved[1], saved[0]))
+
+
 def test_seeds_steps_and_leaves_draw_differently():
   x = jnp.full((64, 64), 1.001)
   params32 = {"a": x, "b": x}
