@@ -23,8 +23,8 @@ from pallas_kernels.random_bits import element_bits, key_words, leaf_id, stream_
 
 CHUNK = 1 << 20
 FEW = 8  # elements a step, leaf or seed
-# Of the tests that Dieharder calls good, those that need no more than seconds a stream.
-TESTS = "0,1,2,3,8,9,13,15,16,100,101,102,205,206,209"
+# Of the tests that Dieharder calls good, a choice that takes some five minutes altogether.
+TESTS = "0,2,8,15,100,101,205,209"
 
 
 def _few(keys):

@@ -62,7 +62,7 @@ def figure(results: list[dict], path: pathlib.Path):
     bars.bar(names, height, bottom=bottom, label=part)
     bottom += height
   bars.set(ylabel="bytes a parameter", title="Memory")
-  bars.set_ylim(top=bottom.max() * 1.15)
-  bars.legend(loc="upper center", ncols=len(PARTS), fontsize="small")
+  bars.set_ylim(top=bottom.max() * 1.2)
+  bars.legend(loc="upper center", ncols=2, fontsize="small")
   fig.savefig(path, dpi=110)
   plt.close(fig)

@@ -192,14 +192,12 @@ def delta_bits(
       if fmt is None:
         return u
       low, u = weights_by_name[name], u.astype(jnp.float32)
-      new_low, residual = apply_update_stream(low, residuals.get(name), u, fmt, streams[name])
+      new_low, residual = _apply(low, residuals.get(name), u, fmt, streams[name])
       if session is not None:
         new_residuals[name] = residual
         return _session.Landed(new_low, session)
       dtype = jnp.result_type(grads_by_name[name]) if update_dtype == "gradient" else update_dtype
-      delta = packing.unpack(residual, low.shape, fmt)
-      u, delta = arithmetic.land_values(low, new_low, delta, fmt, dtype)
-      new_residuals[name] = packing.pack(delta, fmt)
+      u, new_residuals[name] = _land(low, new_low, residual, fmt, dtype)
       return u
 
     new_updates = _tree.map_named(land, inner_updates)
@@ -213,6 +211,18 @@ def delta_bits(
     return new_updates, new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# Under jit, so that leaves of one shape and format are traced once.
+_apply = jax.jit(apply_update_stream, static_argnums=3)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _land(low, new_low, residual, fmt: DeltaFormat, dtype):
+  """The update that takes low to new_low, and the residual of where it lands."""
+  delta = packing.unpack(residual, low.shape, fmt)
+  update, delta = arithmetic.land_values(low, new_low, delta, fmt, dtype)
+  return update, packing.pack(delta, fmt)
 
 
 def _check_update_dtype(update_dtype):
