@@ -76,19 +76,14 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
       else:
         steps = tuple(map(str, path))
         follows = any(steps[i:] in suffixes for i in range(len(steps) + 1))
-        parts[
-          "moments" if (follows and jnp.shape(leaf)) or _is_moment(leaf, follows) else "rest"
-        ] += _nbytes(leaf)
+        # A scalar under a parameter's path is a moment if it is a float, else a counter.
+        is_moment = follows and (jnp.shape(leaf) or _tree.is_inexact(leaf))
+        parts["moments" if is_moment else "rest"] += _nbytes(leaf)
 
   count((opt_state,))
   if grads is not None:
     parts["gradients"] = _nbytes(grads)
   return MemoryTable(parts, sum(_size(x) for x in jax.tree.leaves(params)))
-
-
-def _is_moment(leaf, follows: bool) -> bool:
-  """A scalar parameter's moment: a float in the parameters' tree."""
-  return follows and _tree.is_inexact(leaf)
 
 
 def _size(x) -> int:
