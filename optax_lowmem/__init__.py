@@ -16,6 +16,13 @@ from optax_lowmem._loss_scale import scale_loss as scale_loss
 from optax_lowmem._loss_scale import static_loss_scale as static_loss_scale
 from optax_lowmem._memory import MemoryTable as MemoryTable
 from optax_lowmem._memory import memory_table as memory_table
+from optax_lowmem._optimizers import adam as adam
+from optax_lowmem._optimizers import adamw as adamw
+from optax_lowmem._optimizers import lion as lion
+from optax_lowmem._optimizers import sgd as sgd
+from optax_lowmem._quantize_state import QuantizedState as QuantizedState
+from optax_lowmem._quantize_state import quantize_state as quantize_state
+from optax_lowmem._quantize_state import scale_by_adam as scale_by_adam
 from optax_lowmem._train_state import TrainState as TrainState
 from pallas_kernels import DeltaFormat as DeltaFormat
 from pallas_kernels import merge as merge

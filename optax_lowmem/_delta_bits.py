@@ -152,11 +152,13 @@ def delta_bits(
         masters[name] = arithmetic.widen(leaf)
     if session is not None:
       session.found_ours = True
+    with _session.holding(frozenset(formats.by_name)):
+      inner_state = inner.init(_tree.map_named(masters.get, params))
     return DeltaBitsState(
       step=jnp.zeros([], jnp.int32),
       key=words,
       residuals=_tree.map_named(lambda name, _: residuals.get(name), params),
-      inner_state=inner.init(_tree.map_named(masters.get, params)),
+      inner_state=inner_state,
       formats=formats,
     )
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from optax_lowmem import _tree
 from optax_lowmem._delta_bits import DeltaBitsState
+from pallas_kernels.state_formats import Blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
 
   def count(tree):
     flat = jax.tree_util.tree_leaves_with_path(
-      tree, is_leaf=lambda x: isinstance(x, DeltaBitsState) and x is not tree
+      tree, is_leaf=lambda x: isinstance(x, (DeltaBitsState, Blocks)) and x is not tree
     )
     for path, leaf in flat:
       if isinstance(leaf, DeltaBitsState):
@@ -77,7 +78,9 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
         steps = tuple(map(str, path))
         follows = any(steps[i:] in suffixes for i in range(len(steps) + 1))
         # A scalar under a parameter's path is a moment if it is a float, else a counter.
-        is_moment = follows and (jnp.shape(leaf) or _tree.is_inexact(leaf))
+        is_moment = follows and (
+          isinstance(leaf, Blocks) or jnp.shape(leaf) or _tree.is_inexact(leaf)
+        )
         parts["moments" if is_moment else "rest"] += _nbytes(leaf)
 
   count((opt_state,))

@@ -68,6 +68,24 @@ def current(kind):
   return None
 
 
+_held: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_held", default=None)
+
+
+@contextlib.contextmanager
+def holding(names: frozenset[str]):
+  """Tells the members called inside which parameters have a weight format."""
+  token = _held.set(names)
+  try:
+    yield
+  finally:
+    _held.reset(token)
+
+
+def held_names() -> frozenset[str] | None:
+  """The names that `holding` gave, or None outside of it."""
+  return _held.get()
+
+
 class Landed:
   """A leaf of `updates` inside `step`: the new weight, no update to add."""
 

@@ -1,0 +1,252 @@
+"""quantize_state: any transformation's statistics in 16 or 8 bits between steps."""
+
+from collections.abc import Collection, Mapping
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem import _session, _tree
+from optax_lowmem._delta_bits import Formats, _streams, _was_taken
+from pallas_kernels import state_formats
+from pallas_kernels.random_bits import key_words, random_bits
+from pallas_kernels.state_formats import StateFormat
+
+# Fields of Optax's states that average squares: not negative, stored by their roots.
+SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
+DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
+
+
+class _Default(str):
+  """A default that can be told from the same string given by a caller."""
+
+
+DEFAULT: Any = _Default("int8")
+
+
+class QuantizedState(NamedTuple):
+  """State of `quantize_state`.
+
+  Attributes:
+    step: int32 scalar, the updates so far; it numbers the random bits.
+    key: uint32 [2], raw key data.
+    inner_state: the wrapped transformation's, its statistics as
+      `pallas_kernels.state_formats` stores them.
+    formats: static, the formats by leaf name.
+  """
+
+  step: jax.Array
+  key: jax.Array
+  inner_state: Any
+  formats: Formats
+
+
+def quantize_state(
+  inner: optax.GradientTransformation,
+  formats: Mapping[str, state_formats.Name] | None = None,
+  default: state_formats.Name = "bf16",
+  *,
+  key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Stores the statistics of any Optax transformation in 16 or 8 bits between steps.
+
+  A statistic is an array of inner's state that stands at a parameter's place,
+  with its shape, in a field such as `mu`, `nu` or `trace`. inner sees
+  statistics, gradients and parameters in float32 and returns float32 updates.
+  What is no real half-precision or float32 array stays as inner made it.
+
+  Args:
+    inner: the transformation to wrap.
+    formats: "fp32", "bf16", "fp16" or "int8" by field name of inner's state;
+      `{"mu": "int8", "nu": "int8"}` by default.
+    default: the format of every other field.
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+
+  Returns:
+    A transformation with a `QuantizedState`.
+
+  Raises:
+    ValueError: for an unknown format, or a field that inner's state lacks.
+
+  Examples:
+    >>> tx = lowmem.quantize_state(optax.adabelief(1e-3))
+    >>> tx = lowmem.quantize_state(optax.sgd(0.1, momentum=0.9), {"trace": "int8"})
+
+  References:
+    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861);
+    [CLIP](https://arxiv.org/abs/2103.00020), section 2.5 (half-precision Adam statistics)
+  """
+  by_field = dict(DEFAULT_FORMATS if formats is None else formats)
+  return quantize(inner, by_field, default, key, required=formats or ())
+
+
+def scale_by_adam(
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  eps: jax.typing.ArrayLike = 1e-8,
+  eps_root: jax.typing.ArrayLike = 0.0,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  *,
+  nesterov: bool = False,
+  mu: state_formats.Name = DEFAULT,
+  nu: state_formats.Name = "int8",
+  key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam` with its statistics in 16 or 8 bits, for chains of one's own.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    eps_root: added to the second moment under the root.
+    mu_dtype: Optax's dtype of the first moment, in the place of mu.
+    nesterov: whether to use Nesterov momentum.
+    mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
+    nu: format of the second moment.
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+
+  Returns:
+    A transformation with a `QuantizedState`.
+
+  Raises:
+    ValueError: for an unknown format, or if mu and mu_dtype are both given.
+
+  Examples:
+    >>> tx = optax.chain(lowmem.scale_by_adam(), optax.scale(-1e-3), lowmem.delta_bits())
+
+  References:
+    [Adam](https://arxiv.org/abs/1412.6980);
+    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
+  """
+  inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  return quantize(inner, {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}, "bf16", key)
+
+
+def first_format(name, dtype, argument: str) -> str | None:
+  """The format of a first moment; None where Optax's dtype argument decides."""
+  if dtype is None:
+    return name
+  if not isinstance(name, _Default):
+    raise ValueError(
+      f"{argument}={name!r} and {argument}_dtype={dtype!r} both say how {argument} is stored;"
+      " give one of them."
+    )
+  return None
+
+
+def quantize(
+  inner,
+  by_field: Mapping[str, str | None],
+  default,
+  key,
+  *,
+  required: Collection[str] = (),
+  only_held: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """`quantize_state`, field formats checked one by one.
+
+  Args:
+    inner: the transformation to wrap.
+    by_field: formats; None leaves a field as inner made it.
+    default: the format of other fields.
+    key: as `quantize_state`'s.
+    required: fields that have to be there.
+    only_held: leave alone what belongs to a parameter without a weight format
+      (inside `delta_bits`).
+
+  Returns:
+    The transformation.
+  """
+  inner = optax.with_extra_args_support(inner)
+  for name in (*by_field.values(), default):
+    if name is not None:
+      StateFormat(name)
+
+  def init_fn(params):
+    inner_state = inner.init(jax.tree.map(_widen, params))
+    table = _find_statistics(inner_state, params, by_field, default, required, only_held)
+    words = jnp.array(key_words(key), copy=True)
+    if (session := _session.current(_session.InitSession)) is not None:
+      session.found_ours = True
+    return QuantizedState(
+      step=jnp.zeros([], jnp.int32),
+      key=words,
+      inner_state=_store(inner_state, table, _streams(words, 0, table)),
+      formats=table,
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    table = state.formats
+    before = _load(state.inner_state, table)
+    updates, after = inner.update(
+      jax.tree.map(_widen, updates),
+      before,
+      None if params is None else jax.tree.map(_widen, params),
+      **extra_args,
+    )
+    step = state.step + _was_taken(state.inner_state, after)
+    stored = _store(after, table, _streams(state.key, step, table))
+    return updates, QuantizedState(step, state.key, stored, table)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _widen(x):
+  return x.astype(jnp.float32) if _tree.is_half(x) else x
+
+
+def _find_statistics(inner_state, params, by_field, default, required, only_held) -> Formats:
+  """The format of each statistic in inner's state, by its name there."""
+  weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  held = _session.held_names() if only_held else None
+  table, fields = [], set()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
+    for start in range(1, len(path) + 1):  # the longest parameter path that this one ends in
+      weight = weights.get(path[start:])
+      if weight is None or not isinstance(path[start - 1], jax.tree_util.GetAttrKey):
+        continue
+      if jnp.shape(weight) != jnp.shape(leaf) or leaf.dtype != jnp.float32:
+        continue
+      field = path[start - 1].name
+      fields.add(field)
+      name = by_field.get(field, default)
+      is_held = held is None or _tree.name_of(path[start:]) in held
+      if name not in (None, "fp32") and is_held:
+        table.append((_tree.name_of(path), StateFormat(name, is_square=field in SQUARES)))
+      break
+  missing = set(required) - fields
+  if missing and weights:
+    raise ValueError(
+      f"formats= names {sorted(missing)}, which the state has no statistics in; its fields with"
+      f" statistics in float32 are {sorted(fields)}."
+    )
+  return Formats(tuple(table))
+
+
+def _store(inner_state, table: Formats, streams):
+  """inner's state with its statistics as they are stored."""
+
+  def store(name, x):
+    fmt = table.get(name)
+    return x if fmt is None else _quantize(x.astype(jnp.float32), fmt, streams[name])
+
+  return _tree.map_named(store, inner_state)
+
+
+def _load(inner_state, table: Formats):
+  """The inverse of `_store`."""
+  is_leaf = lambda x: isinstance(x, state_formats.Blocks)
+
+  def load(path, x):
+    fmt = table.get(_tree.name_of(path))
+    return x if fmt is None else state_formats.dequantize(x, fmt)
+
+  return jax.tree_util.tree_map_with_path(load, inner_state, is_leaf=is_leaf)
+
+
+# Under jit, so that leaves of one shape and format are traced once.
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(x, fmt: StateFormat, stream):
+  return state_formats.quantize(x, fmt, random_bits(stream, x.shape))

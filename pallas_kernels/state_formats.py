@@ -1,0 +1,230 @@
+"""How optimizer statistics are stored between steps: 32, 16 or 8 bits a value.
+
+- "fp32": as they are.
+- "bf16": rounded stochastically. Rounded to nearest, an average with a decay
+  of 0.999 would stand still: a step of 0.1% is less than half of its grid.
+- "fp16": float16 of the value over its block's scale, rounded stochastically.
+- "int8": integers c with the value `scale * (c / N)**2`, rounded stochastically.
+
+A block is 32 neighbours along the last axis (the last one may be short), its
+scale the largest magnitude, rounded up to bfloat16. So every leading axis, and
+the last in whole blocks, can be sharded without changing a value.
+
+A second moment (`is_square`) is stored through its square root, unsigned, and
+a positive one is never rounded to zero: Adam divides by it.
+
+Rounding is unbiased in what is stored. Why the square law, and what the
+alternatives do: `docs/state_formats.md`.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import arithmetic
+
+_U32, _I32 = jnp.uint32, jnp.int32
+
+BLOCK = 32
+Name = Literal["fp32", "bf16", "fp16", "int8"]
+NAMES = get_args(Name)
+# Below it 1 / scale overflows, or the square of a root does not survive a step.
+MIN_SCALE = 2.0**-108
+MIN_ROOT = 2.0**-62
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFormat:
+  """The format of one statistic.
+
+  Args:
+    name: "fp32", "bf16", "fp16" or "int8".
+    is_square: True for a second moment: it is not negative, and its square
+      root is what matters.
+
+  Raises:
+    ValueError: for another name.
+
+  Examples:
+    >>> StateFormat("int8", is_square=True).bits_per_value
+    8.5
+  """
+
+  name: Name
+  is_square: bool = False
+
+  def __post_init__(self):
+    if self.name not in NAMES:
+      raise ValueError(f"A state format is one of {NAMES}; got {self.name!r}.")
+
+  @property
+  def has_scale(self) -> bool:
+    """True where the values are stored in blocks with a scale."""
+    return self.name in ("fp16", "int8")
+
+  @property
+  def dtype(self):
+    """The dtype of the stored values."""
+    if self.name == "int8":
+      return jnp.dtype(jnp.uint8 if self.is_square else jnp.int8)
+    return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[self.name])
+
+  @property
+  def bits_per_value(self) -> float:
+    """Bits a value, its share of a full block's scale included."""
+    return self.dtype.itemsize * 8 + (16 / BLOCK if self.has_scale else 0)
+
+  @property
+  def levels(self) -> int:
+    """The largest code of "int8"."""
+    return 255 if self.is_square else 127
+
+
+class Blocks(NamedTuple):
+  """A statistic in blocks along its last axis.
+
+  Attributes:
+    codes: [..., n], the values over their scales.
+    scale: bfloat16 [..., ceil(n / 32)]; a scalar's is a scalar.
+  """
+
+  codes: jax.Array
+  scale: jax.Array
+
+
+def stored_struct(shape: tuple[int, ...], fmt: StateFormat):
+  """What `quantize` returns for a shape, as `jax.ShapeDtypeStruct`s."""
+  codes = jax.ShapeDtypeStruct(shape, fmt.dtype)
+  if not fmt.has_scale:
+    return codes
+  scale = (*shape[:-1], -(-shape[-1] // BLOCK)) if shape else ()
+  return Blocks(codes, jax.ShapeDtypeStruct(scale, jnp.bfloat16))
+
+
+def quantize(x: jax.Array, fmt: StateFormat, bits: jax.Array | None):
+  """float32 -> its storage.
+
+  A block that holds an infinity or a NaN becomes one of NaN and infinity.
+
+  Args:
+    x: float32 [...].
+    fmt: the format.
+    bits: random uint32 [...], of which the upper 16 are used; None at "fp32".
+
+  Returns:
+    `Blocks`, or an array where the format has no scale.
+  """
+  if fmt.name == "fp32":
+    return x
+  if fmt.name == "bf16":
+    return _keep_positive(x, arithmetic.round_to(x, jnp.bfloat16, "stochastic", bits), fmt)
+  x = jnp.sqrt(x) if fmt.is_square else x
+  x_KxB, bits_KxB = _in_blocks(x), _in_blocks(bits)
+  # On bit patterns: a maximum of floats may drop a NaN.
+  magnitude = (arithmetic.bits_of(x_KxB) & _U32(0x7FFFFFFF)).astype(_I32)
+  scale_K = scale_of(jnp.max(magnitude, axis=-1, initial=0))
+  codes = encode(x_KxB, scale_K, fmt, bits_KxB)
+  shape = stored_struct(x.shape, fmt).scale.shape
+  return Blocks(_off_blocks(codes, x.shape), scale_K.reshape(shape))
+
+
+def dequantize(stored, fmt: StateFormat) -> jax.Array:
+  """Storage -> float32: what `quantize` rounded to.
+
+  Args:
+    stored: as `quantize` returned it.
+    fmt: the format.
+
+  Returns:
+    float32 of the statistic's shape.
+  """
+  if fmt.name == "fp32":
+    return stored
+  if fmt.name == "bf16":
+    return arithmetic.widen(stored)
+  shape = stored.codes.shape
+  codes_KxB = _in_blocks(stored.codes)
+  x_KxB = decode(codes_KxB, stored.scale.reshape(codes_KxB.shape[:-1]), fmt)
+  return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
+
+
+def scale_of(magnitude):
+  """int32 bit patterns of the largest magnitudes -> their scales, rounded up to bfloat16."""
+  code = (magnitude.astype(_U32) + _U32(0xFFFF)) >> _U32(16)
+  # The largest finite value stays finite, and 0 stays 0.
+  code = jnp.where(magnitude < _I32(arithmetic.F32_INF), jnp.minimum(code, _U32(0x7F7F)), code)
+  lowest = (math.frexp(MIN_SCALE)[1] - 1 + arithmetic.F32_BIAS) << 7
+  code = jnp.where(magnitude > _I32(0), jnp.maximum(code, _U32(lowest)), _U32(0))
+  return arithmetic.low_of(code, jnp.bfloat16)
+
+
+def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
+  """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
+  scale_K = arithmetic.widen(scale_K)
+  top = 1.0 if fmt.name == "fp16" else float(fmt.levels**2)
+  inverse_K = jnp.where(scale_K > 0, top / scale_K, jnp.float32(0))
+  ratio = x_KxB * _along(inverse_K, x_KxB.shape)
+  if fmt.name == "fp16":
+    return _keep_positive(
+      x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
+    )
+  # Between c**2 and (c + 1)**2, upwards with the probability that keeps the mean.
+  ratio = jnp.abs(ratio)
+  c = jnp.floor(jnp.sqrt(ratio))
+  uniform = ((bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32) + 0.5) * 2.0**-16
+  c = jnp.where(uniform * (2 * c + 1) < ratio - c * c, c + 1, c)
+  c = jnp.minimum(c, float(fmt.levels))
+  if fmt.is_square:
+    c = jnp.where(x_KxB > 0, jnp.maximum(c, 1.0), c)
+  else:
+    c = jnp.where(x_KxB < 0, -c, c)
+  return c.astype(_I32).astype(fmt.dtype)
+
+
+def decode(codes_KxB, scale_K, fmt: StateFormat):
+  """Codes -> float32 values (roots of a second moment), on arrays or tiles of blocks."""
+  scale_K = arithmetic.widen(scale_K)
+  if fmt.name == "fp16":
+    x = arithmetic.widen(codes_KxB) * _along(scale_K, codes_KxB.shape)
+  else:
+    c = codes_KxB.astype(_I32).astype(jnp.float32)
+    step_K = scale_K * jnp.float32(1 / fmt.levels**2)
+    x = (c * jnp.abs(c)) * _along(step_K, codes_KxB.shape)
+  if fmt.is_square:
+    is_zero = (codes_KxB == jnp.zeros((), codes_KxB.dtype)) & (x == 0)
+    x = jnp.where(is_zero, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
+  return x
+
+
+def _keep_positive(x, rounded, fmt: StateFormat):
+  """A positive second moment stays positive: the format's smallest value instead of 0."""
+  if not fmt.is_square:
+    return rounded
+  return jnp.where((x > 0) & (rounded == 0), jnp.finfo(rounded.dtype).smallest_subnormal, rounded)
+
+
+def _along(x_K, shape):
+  """A value for each block -> for each of its elements."""
+  return jax.lax.broadcast_in_dim(x_K, shape, tuple(range(len(shape) - 1)))
+
+
+def _in_blocks(x):
+  """[..., n] -> [..., blocks, BLOCK], the last block filled with zeros."""
+  x = x.reshape(x.shape or (1,))
+  n = x.shape[-1]
+  if n < BLOCK:
+    return x.reshape(*x.shape[:-1], min(n, 1), n)  # one short block
+  if n % BLOCK:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
+  return x.reshape(*x.shape[:-1], -1, BLOCK)
+
+
+def _off_blocks(x_KxB, shape):
+  """The inverse of `_in_blocks`."""
+  n = shape[-1] if shape else 1
+  return (
+    x_KxB.reshape(*shape[:-1], -1)[..., :n].reshape(shape) if x_KxB.size else x_KxB.reshape(shape)
+  )
