@@ -226,7 +226,7 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
 
 
 def _store(inner_state, table: Formats, streams):
-  """inner's state with its statistics as they are stored."""
+  """Inner's state with its statistics as they are stored."""
 
   def store(name, x):
     fmt = table.get(name)

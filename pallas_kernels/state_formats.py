@@ -4,7 +4,8 @@
 - "bf16": rounded stochastically. Rounded to nearest, an average with a decay
   of 0.999 would stand still: a step of 0.1% is less than half of its grid.
 - "fp16": float16 of the value over its block's scale, rounded stochastically.
-- "int8": integers c with the value `scale * (c / N)**2`, rounded stochastically.
+- "int8": integers c of the value `scale * (c / 127)**2` with a sign, or, for a
+  second moment, of the root `scale * c / 255`; rounded stochastically.
 
 A block is 32 neighbours along the last axis (the last one may be short), its
 scale the largest magnitude, rounded up to bfloat16. So every leading axis, and
@@ -13,8 +14,8 @@ the last in whole blocks, can be sharded without changing a value.
 A second moment (`is_square`) is stored through its square root, unsigned, and
 a positive one is never rounded to zero: Adam divides by it.
 
-Rounding is unbiased in what is stored. Why the square law, and what the
-alternatives do: `docs/state_formats.md`.
+Rounding is unbiased in what is stored. Why these laws, and what others do:
+`docs/state_formats.md`.
 """
 
 import dataclasses
@@ -81,6 +82,11 @@ class StateFormat:
   def levels(self) -> int:
     """The largest code of "int8"."""
     return 255 if self.is_square else 127
+
+  @property
+  def top(self) -> float:
+    """What the largest code stands for, in steps: 255, or 127 squared."""
+    return float(self.levels if self.is_square else self.levels**2)
 
 
 class Blocks(NamedTuple):
@@ -164,23 +170,24 @@ def scale_of(magnitude):
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
   """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
   scale_K = arithmetic.widen(scale_K)
-  top = 1.0 if fmt.name == "fp16" else float(fmt.levels**2)
+  top = 1.0 if fmt.name == "fp16" else fmt.top
   inverse_K = jnp.where(scale_K > 0, top / scale_K, jnp.float32(0))
   ratio = x_KxB * _along(inverse_K, x_KxB.shape)
   if fmt.name == "fp16":
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
     )
-  # Between c**2 and (c + 1)**2, upwards with the probability that keeps the mean.
-  ratio = jnp.abs(ratio)
-  c = jnp.floor(jnp.sqrt(ratio))
+  # Upwards with the probability that keeps the mean.
   uniform = ((bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32) + 0.5) * 2.0**-16
-  c = jnp.where(uniform * (2 * c + 1) < ratio - c * c, c + 1, c)
-  c = jnp.minimum(c, float(fmt.levels))
   if fmt.is_square:
+    c = jnp.floor(ratio + uniform)
     c = jnp.where(x_KxB > 0, jnp.maximum(c, 1.0), c)
-  else:
-    c = jnp.where(x_KxB < 0, -c, c)
+  else:  # between c**2 and (c + 1)**2
+    ratio = jnp.abs(ratio)
+    c = jnp.floor(jnp.sqrt(ratio))
+    c = jnp.where(uniform * (2 * c + 1) < ratio - c * c, c + 1, c)
+  c = jnp.minimum(c, float(fmt.levels))
+  c = c if fmt.is_square else jnp.where(x_KxB < 0, -c, c)
   return c.astype(_I32).astype(fmt.dtype)
 
 
@@ -191,8 +198,8 @@ def decode(codes_KxB, scale_K, fmt: StateFormat):
     x = arithmetic.widen(codes_KxB) * _along(scale_K, codes_KxB.shape)
   else:
     c = codes_KxB.astype(_I32).astype(jnp.float32)
-    step_K = scale_K * jnp.float32(1 / fmt.levels**2)
-    x = (c * jnp.abs(c)) * _along(step_K, codes_KxB.shape)
+    c = c if fmt.is_square else c * jnp.abs(c)
+    x = c * _along(scale_K * jnp.float32(1 / fmt.top), codes_KxB.shape)
   if fmt.is_square:
     is_zero = (codes_KxB == jnp.zeros((), codes_KxB.dtype)) & (x == 0)
     x = jnp.where(is_zero, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))

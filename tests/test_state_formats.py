@@ -1,0 +1,183 @@
+"""Storage of optimizer statistics: rounding, blocks, range, and law 13."""
+
+from conftest import assert_trees_equal
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_lowmem as lowmem
+from optax_lowmem._quantize_state import _load
+from pallas_kernels import state_formats
+from pallas_kernels.random_bits import random_bits
+from pallas_kernels.state_formats import BLOCK, NAMES, StateFormat
+
+FORMATS = [StateFormat(name, is_square) for name in NAMES for is_square in (False, True)]
+SCALED = [fmt for fmt in FORMATS if fmt.has_scale]
+SHAPES = [(), (0,), (3, 0), (0, 5), (1,), (31,), (32,), (33,), (5, 7), (2, 3, 64), (4, 100)]
+
+
+def ids(fmt):
+  return f"{fmt.name}{'-square' * fmt.is_square}"
+
+
+def draw(seed, shape):
+  return random_bits(jnp.array([seed, 7], jnp.uint32), shape)
+
+
+def store_and_load(x, fmt, seed=0):
+  return state_formats.dequantize(state_formats.quantize(x, fmt, draw(seed, x.shape)), fmt)
+
+
+def sample(shape, fmt, seed=0):
+  x = jax.random.normal(jax.random.key(seed), shape)
+  return x * x if fmt.is_square else x
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(fmt, shape):
+  """The state keeps the rank; what is stored is what `stored_struct` says."""
+  x = sample(shape, fmt)
+  stored = state_formats.quantize(x, fmt, draw(0, shape))
+  found = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stored)
+  assert found == state_formats.stored_struct(shape, fmt)
+  y = state_formats.dequantize(stored, fmt)
+  assert y.shape == shape and y.dtype == jnp.float32
+  tolerance = {"fp32": 0, "bf16": 2**-7, "fp16": 2**-9, "int8": 0.05}[fmt.name]
+  top = np.max(np.abs(x), initial=0)
+  np.testing.assert_allclose(np.sqrt(np.abs(y)), np.sqrt(np.abs(x)), atol=3 * tolerance * top + 0)
+
+
+@pytest.mark.parametrize("fmt", SCALED, ids=ids)
+def test_blocks_do_not_depend_on_what_stands_around(fmt):
+  """Any split of the leading axes, and of the last in whole blocks, stores the same."""
+  x, bits = sample((6, 128), fmt), draw(3, (6, 128))
+  whole = state_formats.quantize(x, fmt, bits)
+  part = state_formats.quantize(x[2:5, 32:96], fmt, bits[2:5, 32:96])
+  assert_trees_equal(part.codes, whole.codes[2:5, 32:96])
+  assert_trees_equal(part.scale, whole.scale[2:5, 1:3])
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+def test_rounding_is_unbiased(fmt):
+  """The mean of what is stored (of its root, for scaled squares) is the value: within 5 SE."""
+  n = 4096
+  x = jnp.tile(sample((1, BLOCK), fmt, seed=5) * 0.37, (n, 1))
+  y = store_and_load(x, fmt)
+  if fmt.is_square and fmt.has_scale:
+    x, y = jnp.sqrt(x), jnp.sqrt(y)
+  error = np.asarray(y - x, np.float64)
+  # 2**-17 of a step may be missing, the probability's resolution.
+  slack = 2.0**-17 * np.max(np.abs(error), axis=0) + 1e-6 * np.abs(np.asarray(x[0]))
+  assert np.all(np.abs(error.mean(0)) <= 5 * error.std(0) / np.sqrt(n) + slack)
+  if fmt.name != "fp32":
+    assert error.std() > 0  # it does round
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+def test_stored_values_stay(fmt):
+  """A value on the grid is stored again, but for float32's own error at a level."""
+  x = sample((512, BLOCK), fmt).at[:, 0].set(64.0)  # a scale that bfloat16 holds
+  x = store_and_load(x, fmt)
+  again = store_and_load(x, fmt, seed=1)
+  assert np.mean(np.isclose(again, x, rtol=1e-5, atol=0)) > 0.999
+
+
+@pytest.mark.parametrize("fmt", SCALED, ids=ids)
+def test_zeros_and_signs(fmt):
+  x = sample((64, BLOCK), fmt).at[:, ::3].set(0.0).at[5].set(0.0)
+  y = store_and_load(x, fmt)
+  assert np.all(np.asarray(y)[np.asarray(x) == 0] == 0)
+  assert np.all(np.sign(y) * np.sign(x) >= 0)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+def test_a_square_is_never_rounded_to_zero(fmt):
+  """In log-normal blocks whose spread is far beyond the format's."""
+  if not fmt.is_square:
+    pytest.skip("for second moments")
+  root = jnp.exp(4 * jax.random.normal(jax.random.key(0), (1000, BLOCK))) * 1e-6
+  y = store_and_load(root**2, fmt)
+  assert np.all(np.asarray(y) > 0)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+@pytest.mark.parametrize("size", [1e-15, 1e-9, 1.0, 1e9, 1e15])
+def test_range(fmt, size):
+  """Statistics of gradients from 1e-15 to 1e15 are as exact as those of 1."""
+  x = jnp.abs(sample((64, BLOCK), StateFormat(fmt.name))) + 0.1
+  factor = np.float32(size) ** 2 * np.float32(1e-3) if fmt.is_square else np.float32(size)
+  y = store_and_load(x * factor, fmt)
+  np.testing.assert_allclose(np.asarray(y) / factor, x, rtol=0.5 if fmt.name == "int8" else 0.02)
+
+
+def test_extreme_blocks():
+  """The largest float32 values, subnormals, and all magnitudes at once: finite, in order."""
+  fmt = StateFormat("int8")
+  for top in (3.4028235e38, 3.39e38, 1e-37, 1e-42, 1.4e-45):
+    x = jnp.full((1, BLOCK), top, jnp.float32).at[0, 1:].multiply(0.5)
+    y = store_and_load(x, fmt)
+    assert np.all(np.isfinite(y)) and np.all(np.abs(np.asarray(y)) <= 3.4028235e38)
+    if top > 1e-37:
+      np.testing.assert_allclose(y, x, rtol=0.05)
+
+
+@pytest.mark.parametrize("fmt", SCALED, ids=ids)
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_non_finite_values_are_seen(fmt, bad):
+  """A block with an infinity or a NaN does not come back finite; other blocks do."""
+  x = sample((4, BLOCK), fmt).at[2, 7].set(bad)
+  y = np.asarray(store_and_load(x, fmt))
+  assert not np.isfinite(y[2, 7])
+  assert np.all(np.isfinite(y[[0, 1, 3]]))
+
+
+def test_bad_format():
+  with pytest.raises(ValueError, match="int4"):
+    StateFormat("int4")
+
+
+# Law 13. Half of every block rests after `warm` steps, over 1,024 blocks.
+
+
+@pytest.mark.parametrize("name, warm, size", [("int8", 500, 1.0), ("fp16", 100, 1e-9)])
+def test_idle_weights(name, warm, size):
+  """Law 13: averages that get no more gradients follow the exact ones; weights stand still."""
+  steps, shape = 20_000, (1024, BLOCK)
+  resting = jnp.arange(BLOCK) % 2 == 0
+  exact_tx = optax.scale_by_adam(eps=0.0)
+  tx = lowmem.scale_by_adam(eps=0.0, mu=name, nu=name)
+
+  def body(carry, t):
+    state, exact, moved, moved_exactly = carry
+    g = jax.random.normal(jax.random.fold_in(jax.random.key(warm), t), shape) * size
+    g = jnp.where(resting & (t >= warm), 0.0, g)
+    u, state = tx.update(g, state)
+    u_exact, exact = exact_tx.update(g, exact)
+    moved += jnp.where(t >= warm, u, 0)
+    moved_exactly += jnp.where(t >= warm, u_exact, 0)
+    stored = _load(state.inner_state, state.formats)
+
+    def sums(x):
+      x = jnp.abs(x)
+      return jnp.mean(x[:, ::2]), jnp.mean(jnp.max(x, axis=1))
+
+    found = (*sums(stored.mu), *sums(jnp.sqrt(stored.nu)))
+    wanted = (*sums(exact.mu), *sums(jnp.sqrt(exact.nu)))
+    lost = jnp.sum((stored.nu == 0) & (stored.mu != 0))
+    return (state, exact, moved, moved_exactly), (found, wanted, lost)
+
+  zeros = jnp.zeros(shape)
+  carry = (tx.init(zeros), exact_tx.init(zeros), zeros, zeros)
+  run = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(warm + steps)))
+  (_, _, moved, exactly), (found, wanted, lost) = run(carry)
+  assert int(jnp.sum(lost)) == 0
+  for i in (0, 2):  # mean |mu|, mean sqrt(nu)
+    mean, top = np.asarray(wanted[i])[warm:], np.asarray(wanted[i + 1])[warm:]
+    near = mean >= top / 64
+    assert near.sum() > 20
+    np.testing.assert_allclose(np.asarray(found[i])[warm:][near], mean[near], rtol=0.1)
+  moved, exactly = np.asarray(moved)[:, ::2], np.asarray(exactly)[:, ::2]
+  assert np.all(np.abs(moved - exactly) <= 0.1 * np.abs(exactly) + 1.0)
