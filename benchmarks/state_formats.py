@@ -170,7 +170,8 @@ def main():
   """Prints the table."""
   print(
     "| mu / root of nu | rounding | Gaussian: error of mu | log-normal: nu = 0, mu not"
-    " | root off 2x | active root: mean | std | idle at 1/64: mu | root | displacement: beyond 10%, lr | mean |"
+    " | root off 2x | active root: mean | std | idle at 1/64: mu | root"
+    " | displacement: beyond 10%, lr | mean |"
   )
   print("| --- | --- |" + " ---: |" * 9)
   for c in CANDIDATES:

@@ -8,6 +8,8 @@ The same model, seed and batches for every format:
   bf16+8   bfloat16 weights and 8 residual bits
   fp16+8   float16 weights and 8 residual bits, under the dynamic loss scale
 
+and, with the optimizer's statistics in 8 bits as well, bf16+8/int8.
+
 Prints a table and saves `shakespeare.png` and `shakespeare.json` in --out.
 """
 
@@ -26,24 +28,39 @@ import tqdm
 from examples import gpt, plays, report
 import optax_lowmem as lowmem
 
-FORMATS = ("fp32", "bf16", "bf16+0", "bf16+8", "fp16+8")
+FORMATS = ("fp32", "bf16", "bf16+0", "bf16+8", "fp16+8", "bf16+8/int8")
+OPTIMIZERS = {
+  "adamw": (optax.adamw, lowmem.adamw, {"weight_decay": 0.01}),
+  "lion": (optax.lion, lowmem.lion, {"weight_decay": 0.01}),
+  "sgd": (optax.sgd, lowmem.sgd, {"momentum": 0.9}),
+}
 
 
-def make_state(fmt: str, params, model: gpt.GPT, tx: optax.GradientTransformation):
+def make_state(fmt: str, params, model: gpt.GPT, args, schedule):
   """The training state of a format, from float32 parameters."""
+  theirs, ours, kwargs = OPTIMIZERS[args.optimizer]
+  if args.optimizer == "adamw":
+    kwargs = kwargs | {"b2": args.b2}
+  clip = optax.clip_by_global_norm(1.0)
   if fmt in ("fp32", "bf16"):
     dtype = jnp.float32 if fmt == "fp32" else jnp.bfloat16
     params = jax.tree.map(lambda x: x.astype(dtype), params)
+    tx = optax.chain(clip, theirs(schedule, **kwargs))
     return flax.training.train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+  fmt, _, statistics = fmt.partition("/")
 
   def weights(path, leaf):
     del path
     return fmt if leaf.ndim > 1 else "fp32"  # norms stay in float32
 
+  if statistics:
+    tx = optax.chain(clip, ours(schedule, **kwargs, weights=weights))
+  else:
+    tx = lowmem.delta_bits(optax.chain(clip, theirs(schedule, **kwargs)), weights)
   return lowmem.TrainState.create(
     apply_fn=model.apply,
     params=params,
-    tx=lowmem.delta_bits(tx, weights),
+    tx=tx,
     loss_scale="dynamic" if fmt.startswith("fp16") else None,
   )
 
@@ -58,10 +75,7 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, args.learning_rate, max(args.steps // 20, 1), args.steps
   )
-  tx = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=args.b2, weight_decay=0.01)
-  )
-  state = make_state(fmt, params, model, tx)
+  state = make_state(fmt, params, model, args, schedule)
 
   def train_step(state, batch):
     def scaled_loss(params):
@@ -77,7 +91,7 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
   test_batches = test_batches.reshape(-1, min(64, args.eval_windows), args.context + 1)
 
   losses, evals, seconds = [], [], 0.0
-  progress = tqdm.tqdm(range(args.steps), desc=f"{fmt:>7}", unit="step")
+  progress = tqdm.tqdm(range(args.steps), desc=f"{fmt:>11}", unit="step")
   for i in progress:
     batch = plays.sample(training, rng, args.batch, args.context)
     start = time.perf_counter()
@@ -129,6 +143,7 @@ def parse_args(argv=None) -> argparse.Namespace:
   for name, (default, text) in integers.items():
     flag = "--" + name.replace("_", "-")
     parser.add_argument(flag, type=int, default=default, help=f"{text} ({default})")
+  parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
   parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (%(default)s)")
   parser.add_argument("--b2", type=float, default=0.999, help="Adam's b2 (%(default)s)")
   parser.add_argument("--seed", type=int, default=0, help="of weights, batches and rounding")
@@ -151,9 +166,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     if fmt == "bf16":
       continue
     try:
-      lowmem.DeltaFormat.parse(fmt)
+      lowmem.DeltaFormat.parse(fmt.removesuffix("/int8"))
     except ValueError as error:
-      parser.error(f"--formats: {error} (here also bf16)")
+      parser.error(f'--formats: {error} (here also bf16, and "/int8" behind a format)')
   if not args.formats:
     parser.error("--formats names no format")
   return args

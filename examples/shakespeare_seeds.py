@@ -61,13 +61,15 @@ def main():
   rows = summary(losses)
   print("\n".join(rows))
   own.out.parent.mkdir(parents=True, exist_ok=True)
+  command = " ".join([f"--seeds {own.seeds}", *rest])
   own.out.write_text(
-    "# The Shakespeare demo over seeds\n\nMade by `python -m examples.shakespeare_seeds --seeds"
-    f" {own.seeds}` ({args.steps} steps, {result['num_params']:,} parameters, learning rate"
-    f" {args.learning_rate:g}, b2 {args.b2:g}; {jax.devices()[0].device_kind}, JAX"
-    f" {jax.__version__}).\n\nHeld-out loss in nats a character after the last step. A format is"
-    " not worse if its mean paired difference from fp32 is at most two standard errors, or at"
-    " most 0.3%.\n\n" + "\n".join(rows) + "\n"
+    f"# The Shakespeare demo over seeds\n\nMade by `python -m examples.shakespeare_seeds {command}`"
+    f" ({args.optimizer}, {args.steps} steps, {result['num_params']:,} parameters, learning rate"
+    f" {args.learning_rate:g}; {jax.devices()[0].device_kind}, JAX {jax.__version__}).\n\n"
+    "Held-out loss in nats a character after the last step. A format is not worse if its mean"
+    " paired difference from fp32 is at most two standard errors, or at most 0.3%.\n\n"
+    + "\n".join(rows)
+    + "\n"
   )
 
 
