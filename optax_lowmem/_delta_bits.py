@@ -30,7 +30,7 @@ class Formats:
   with the one that `init` makes of a placeholder without leaves.
   """
 
-  table: tuple[tuple[str, DeltaFormat], ...] = ()
+  table: tuple[tuple[str, Any], ...] = ()
 
   def __eq__(self, other):
     if not isinstance(other, Formats):
@@ -40,12 +40,12 @@ class Formats:
   def __hash__(self):
     return hash(Formats)
 
-  def get(self, name: str) -> DeltaFormat | None:
+  def get(self, name: str) -> Any | None:
     """The format of a leaf, or None where it is left alone."""
     return self.by_name.get(name)
 
   @functools.cached_property
-  def by_name(self) -> dict[str, DeltaFormat]:
+  def by_name(self) -> dict[str, Any]:
     """The table as a dictionary."""
     return dict(self.table)
 

@@ -173,21 +173,27 @@ def quantize(
     return QuantizedState(
       step=jnp.zeros([], jnp.int32),
       key=words,
-      inner_state=_store(inner_state, table, _streams(words, 0, table)),
+      inner_state=_store(
+        inner_state, table, _streams(words, 0, table), _block_scales(inner_state, table)
+      ),
       formats=table,
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     table = state.formats
-    before = _load(state.inner_state, table)
-    updates, after = inner.update(
-      jax.tree.map(_widen, updates),
-      before,
-      None if params is None else jax.tree.map(_widen, params),
-      **extra_args,
-    )
+
+    wide, wide_params = (jax.tree.map(_widen, tree) for tree in (updates, params))
+
+    def inner_update(stored):
+      return inner.update(wide, _load(stored, table), wide_params, **extra_args)
+
+    # The statistics are computed twice, for the scales and for the codes. XLA
+    # would else keep them in float32 from one pass over memory to the next.
+    _, after = inner_update(jax.lax.optimization_barrier(state.inner_state))
+    scales = _block_scales(after, table)
+    updates, after = inner_update(state.inner_state)
     step = state.step + _was_taken(state.inner_state, after)
-    stored = _store(after, table, _streams(state.key, step, table))
+    stored = _store(after, table, _streams(state.key, step, table), scales)
     return updates, QuantizedState(step, state.key, stored, table)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -225,12 +231,19 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
   return Formats(tuple(table))
 
 
-def _store(inner_state, table: Formats, streams):
+def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
+  """The scales of the statistics that have any, by name."""
+  named = _tree.named_leaves(inner_state)
+  formats = {name: fmt for name, fmt in table.table if fmt.has_scale}
+  return {name: _block_scale(named[name], fmt) for name, fmt in formats.items()}
+
+
+def _store(inner_state, table: Formats, streams, scales):
   """Inner's state with its statistics as they are stored."""
 
   def store(name, x):
     fmt = table.get(name)
-    return x if fmt is None else _quantize(x.astype(jnp.float32), fmt, streams[name])
+    return x if fmt is None else _quantize(x, fmt, streams[name], scales.get(name))
 
   return _tree.map_named(store, inner_state)
 
@@ -248,5 +261,8 @@ def _load(inner_state, table: Formats):
 
 # Under jit, so that leaves of one shape and format are traced once.
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(x, fmt: StateFormat, stream):
-  return state_formats.quantize(x, fmt, random_bits(stream, x.shape))
+def _quantize(x, fmt: StateFormat, stream, scale):
+  return state_formats.quantize(x, fmt, random_bits(stream, x.shape), scale)
+
+
+_block_scale = jax.jit(state_formats.block_scale, static_argnums=1)

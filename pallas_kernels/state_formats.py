@@ -20,7 +20,7 @@ Rounding is unbiased in what is stored. Why these laws, and what others do:
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +97,8 @@ class Blocks(NamedTuple):
     scale: bfloat16 [..., ceil(n / 32)]; a scalar's is a scalar.
   """
 
-  codes: jax.Array
-  scale: jax.Array
+  codes: Any  # arrays, or what stands for them in a tree of shapes or shardings
+  scale: Any
 
 
 def stored_struct(shape: tuple[int, ...], fmt: StateFormat):
@@ -110,7 +110,9 @@ def stored_struct(shape: tuple[int, ...], fmt: StateFormat):
   return Blocks(codes, jax.ShapeDtypeStruct(scale, jnp.bfloat16))
 
 
-def quantize(x: jax.Array, fmt: StateFormat, bits: jax.Array | None):
+def quantize(
+  x: jax.Array, fmt: StateFormat, bits: jax.Array | None, scale: jax.Array | None = None
+):
   """float32 -> its storage.
 
   A block that holds an infinity or a NaN becomes one of NaN and infinity.
@@ -119,6 +121,7 @@ def quantize(x: jax.Array, fmt: StateFormat, bits: jax.Array | None):
     x: float32 [...].
     fmt: the format.
     bits: random uint32 [...], of which the upper 16 are used; None at "fp32".
+    scale: `block_scale` of x, where it is computed apart.
 
   Returns:
     `Blocks`, or an array where the format has no scale.
@@ -127,14 +130,21 @@ def quantize(x: jax.Array, fmt: StateFormat, bits: jax.Array | None):
     return x
   if fmt.name == "bf16":
     return _keep_positive(x, arithmetic.round_to(x, jnp.bfloat16, "stochastic", bits), fmt)
-  x = jnp.sqrt(x) if fmt.is_square else x
-  x_KxB, bits_KxB = _in_blocks(x), _in_blocks(bits)
-  # On bit patterns: a maximum of floats may drop a NaN.
-  magnitude = (arithmetic.bits_of(x_KxB) & _U32(0x7FFFFFFF)).astype(_I32)
-  scale_K = scale_of(jnp.max(magnitude, axis=-1, initial=0))
-  codes = encode(x_KxB, scale_K, fmt, bits_KxB)
-  shape = stored_struct(x.shape, fmt).scale.shape
-  return Blocks(_off_blocks(codes, x.shape), scale_K.reshape(shape))
+  x_KxB, bits_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x), _in_blocks(bits)
+  if scale is None:
+    scale = block_scale(x, fmt)
+  codes = encode(x_KxB, scale.reshape(x_KxB.shape[:-1]), fmt, bits_KxB)
+  return Blocks(_off_blocks(codes, x.shape), scale)
+
+
+def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
+  """The scales of float32 values [...], as `Blocks` holds them."""
+  x_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x)
+  # Each magnitude's own scale first, 16 bits wide: all that is kept between XLA's two passes.
+  # On bit patterns, where a maximum cannot drop a NaN.
+  code_K = jnp.max(scale_code(x_KxB).astype(jnp.uint16), axis=-1, initial=0)
+  scale_K = jax.lax.bitcast_convert_type(code_K, jnp.bfloat16)
+  return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
 
 
 def dequantize(stored, fmt: StateFormat) -> jax.Array:
@@ -157,22 +167,21 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
   return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
 
 
-def scale_of(magnitude):
-  """int32 bit patterns of the largest magnitudes -> their scales, rounded up to bfloat16."""
-  code = (magnitude.astype(_U32) + _U32(0xFFFF)) >> _U32(16)
-  # The largest finite value stays finite, and 0 stays 0.
-  code = jnp.where(magnitude < _I32(arithmetic.F32_INF), jnp.minimum(code, _U32(0x7F7F)), code)
+def scale_code(x):
+  """Values -> their magnitudes rounded up to bfloat16, as bit patterns in uint32."""
+  magnitude = arithmetic.bits_of(x) & _U32(0x7FFFFFFF)
+  code = (magnitude + _U32(0xFFFF)) >> _U32(16)
   lowest = (math.frexp(MIN_SCALE)[1] - 1 + arithmetic.F32_BIAS) << 7
-  code = jnp.where(magnitude > _I32(0), jnp.maximum(code, _U32(lowest)), _U32(0))
-  return arithmetic.low_of(code, jnp.bfloat16)
+  code = jnp.clip(code, _U32(lowest), _U32(0x7F7F))  # the largest finite value stays finite
+  code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, magnitude >> _U32(16))
+  return jnp.where(magnitude > _U32(0), code, _U32(0))
 
 
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
   """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
-  scale_K = arithmetic.widen(scale_K)
+  scale_KxB = _along(scale_K, x_KxB.shape)
   top = 1.0 if fmt.name == "fp16" else fmt.top
-  inverse_K = jnp.where(scale_K > 0, top / scale_K, jnp.float32(0))
-  ratio = x_KxB * _along(inverse_K, x_KxB.shape)
+  ratio = jnp.where(scale_KxB > 0, x_KxB * (top / scale_KxB), jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
@@ -193,13 +202,13 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
 
 def decode(codes_KxB, scale_K, fmt: StateFormat):
   """Codes -> float32 values (roots of a second moment), on arrays or tiles of blocks."""
-  scale_K = arithmetic.widen(scale_K)
+  scale_KxB = _along(scale_K, codes_KxB.shape)
   if fmt.name == "fp16":
-    x = arithmetic.widen(codes_KxB) * _along(scale_K, codes_KxB.shape)
+    x = arithmetic.widen(codes_KxB) * scale_KxB
   else:
     c = codes_KxB.astype(_I32).astype(jnp.float32)
     c = c if fmt.is_square else c * jnp.abs(c)
-    x = c * _along(scale_K * jnp.float32(1 / fmt.top), codes_KxB.shape)
+    x = c * (scale_KxB * jnp.float32(1 / fmt.top))
   if fmt.is_square:
     is_zero = (codes_KxB == jnp.zeros((), codes_KxB.dtype)) & (x == 0)
     x = jnp.where(is_zero, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
@@ -213,9 +222,14 @@ def _keep_positive(x, rounded, fmt: StateFormat):
   return jnp.where((x > 0) & (rounded == 0), jnp.finfo(rounded.dtype).smallest_subnormal, rounded)
 
 
-def _along(x_K, shape):
-  """A value for each block -> for each of its elements."""
-  return jax.lax.broadcast_in_dim(x_K, shape, tuple(range(len(shape) - 1)))
+def _along(scale_K, shape):
+  """bfloat16 for each block -> float32 for each of its elements.
+
+  In this order, so that XLA reads the scales as they are stored and has
+  nothing of its own to keep.
+  """
+  scale_KxB = jax.lax.broadcast_in_dim(scale_K, shape, tuple(range(len(shape) - 1)))
+  return arithmetic.float_of(arithmetic.low_bits_of(scale_KxB) << _U32(16))
 
 
 def _in_blocks(x):
