@@ -187,11 +187,10 @@ def quantize(
     def inner_update(stored):
       return inner.update(wide, _load(stored, table), wide_params, **extra_args)
 
-    # The statistics are computed twice, for the scales and for the codes. XLA
-    # would else keep them in float32 from one pass over memory to the next.
-    _, after = inner_update(jax.lax.optimization_barrier(state.inner_state))
+    # The statistics are computed twice, for the scales and for the codes.
+    _, after = inner_update(state.inner_state)
     scales = _block_scales(after, table)
-    updates, after = inner_update(state.inner_state)
+    updates, after = inner_update(_read_again(state.inner_state, scales))
     step = state.step + _was_taken(state.inner_state, after)
     stored = _store(after, table, _streams(state.key, step, table), scales)
     return updates, QuantizedState(step, state.key, stored, table)
@@ -250,13 +249,29 @@ def _store(inner_state, table: Formats, streams, scales):
 
 def _load(inner_state, table: Formats):
   """The inverse of `_store`."""
-  is_leaf = lambda x: isinstance(x, state_formats.Blocks)
 
-  def load(path, x):
-    fmt = table.get(_tree.name_of(path))
+  def load(name, x):
+    fmt = table.get(name)
     return x if fmt is None else state_formats.dequantize(x, fmt)
 
-  return jax.tree_util.tree_map_with_path(load, inner_state, is_leaf=is_leaf)
+  return _map_stored(load, inner_state)
+
+
+def _read_again(inner_state, scales):
+  """The stored state, for a second pass."""
+
+  def again(name, x):
+    return state_formats.read_again(x, scales[name]) if name in scales else x
+
+  return _map_stored(again, inner_state)
+
+
+def _map_stored(f, inner_state):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: f(_tree.name_of(path), x),
+    inner_state,
+    is_leaf=lambda x: isinstance(x, state_formats.Blocks),
+  )
 
 
 # Under jit, so that leaves of one shape and format are traced once.

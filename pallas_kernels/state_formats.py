@@ -167,6 +167,21 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
   return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
 
 
+def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
+  """The same statistic, for a second pass over memory that needs its new scale.
+
+  XLA would keep the float32 values of the first pass otherwise, 4 bytes each,
+  since it counts reading as cheap and computing twice as dear (and it removes
+  optimization barriers before it decides). Scales have no sign, which XLA does
+  not know: their sign bit makes these codes depend on them.
+  """
+  codes_KxB = _in_blocks(stored.codes)
+  sign_K = (arithmetic.low_bits_of(scale) >> _U32(15)).astype(stored.codes.dtype)
+  sign_K = sign_K.reshape(codes_KxB.shape[:-1])
+  codes_KxB = codes_KxB + sign_K[..., None]
+  return Blocks(_off_blocks(codes_KxB, stored.codes.shape), stored.scale)
+
+
 def scale_code(x):
   """Values -> their magnitudes rounded up to bfloat16, as bit patterns in uint32."""
   magnitude = arithmetic.bits_of(x) & _U32(0x7FFFFFFF)
@@ -181,7 +196,7 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
   """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
   scale_KxB = _along(scale_K, x_KxB.shape)
   top = 1.0 if fmt.name == "fp16" else fmt.top
-  ratio = jnp.where(scale_KxB > 0, x_KxB * (top / scale_KxB), jnp.float32(0))
+  ratio = jnp.where(scale_KxB > 0, (x_KxB / scale_KxB) * top, jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt

@@ -1,4 +1,4 @@
-"""Compiling for an H100 (or an L40S) on a machine that has none: `../shared/AOT.md`.
+"""Compiling for an H100 (an A100, a B200) on a machine that has none: `../shared/AOT.md`.
 
 The target descriptions are facts about the chips, written from their data
 sheets; the compiler wants them because there is no device to ask.
@@ -36,6 +36,16 @@ TARGETS = {
         name="NVIDIA H100 80GB HBM3", major=9, minor=0, cores=132, clock=1.98,
         features="feature_extension: ACCELERATED_FEATURES", bandwidth=3352320000000, l2=52428800,
         memory=84942979072, shared_per_core=233472, shared_optin=232448, threads_per_core=2048,
+    ),
+    "a100": dict(
+        name="NVIDIA A100-SXM4-80GB", major=8, minor=0, cores=108, clock=1.41,
+        features="", bandwidth=2039000000000, l2=41943040,
+        memory=85175894016, shared_per_core=167936, shared_optin=166912, threads_per_core=2048,
+    ),
+    "b200": dict(
+        name="NVIDIA B200", major=10, minor=0, cores=148, clock=1.965,
+        features="feature_extension: ACCELERATED_FEATURES", bandwidth=8000000000000, l2=132644864,
+        memory=191503138816, shared_per_core=233472, shared_optin=232448, threads_per_core=2048,
     ),
 }  # fmt: skip
 
