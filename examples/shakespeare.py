@@ -111,7 +111,7 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
     if isinstance(s, lowmem.LossScaleState)
   ]
   return {
-    "format": fmt,
+    "format": fmt.replace("/", ", "),
     "seed": args.seed,
     "losses": losses,
     "evals": evals,
