@@ -55,7 +55,7 @@ def figure(results: list[dict], path: pathlib.Path):
   late.set(xlabel="step", ylabel="held-out loss", title="Held-out plays, second half")
   late.set_xlim(left=results[0]["evals"][-1][0] / 2)
   late.set_ylim(min(half) - 0.02, max(half) + 0.02)
-  names = [r["format"] for r in results]
+  names = [r["format"].replace(", ", "\n") for r in results]
   bottom = np.zeros(len(results))
   for part in PARTS:
     height = np.array([r["bytes_per_param"][part] for r in results])
