@@ -9,12 +9,12 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test test-oldest test-wheel lint format clean
+.PHONY: help demo test test-oldest test-wheel bench-cpu bench-h100-compile bench-gpu lint format clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: .venv/demo.stamp  ## train a GPT on Shakespeare in five formats (about 7 minutes on two cores), show table and figure
+demo: .venv/demo.stamp  ## train a GPT on Shakespeare in six formats (about 9 minutes on two cores), show table and figure
 	$(BIN)/python -m examples.shakespeare --out out
 
 test: .venv/test.stamp  ## all tests, with the newest JAX and the H100 compiler
@@ -30,6 +30,15 @@ test-wheel: .venv/test.stamp  ## build the wheel, install it into a bare environ
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/pip install -q dist/*.whl
 	cd .venv-wheel && bin/python -c "import optax_lowmem, pallas_kernels; print('imported', optax_lowmem.__version__, optax_lowmem.__file__)"
+
+bench-cpu: .venv/demo.stamp  ## time and bytes of an optimizer step on this CPU, against Optax's
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.step cpu
+
+bench-h100-compile: .venv/test.stamp .venv/peers.stamp  ## compile for an H100: peak bytes of a training step, temporaries and launches (10 minutes)
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.step h100-compile
+
+bench-gpu: .venv/peers.stamp  ## on a GPU: an optimizer step against a copy of the same bytes, and against peers
+	PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.step gpu
 
 lint: .venv/test.stamp  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -59,6 +68,11 @@ clean:  ## remove the environments and what was built
 	@# The plugins of exactly this JAX: they refuse any other.
 	v=$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)") && \
 	  $(BIN)/pip install -q -e ".[h100]" "jax-cuda13-plugin==$$v" "jax-cuda13-pjrt==$$v"
+	@touch $@
+
+# The JAX peer stays out of the environment itself; PyTorch's are measured where they are there.
+.venv/peers.stamp: .venv/demo.stamp
+	$(BIN)/pip install -q --no-deps --upgrade --target .venv/peers flashoptim-jax==0.1.0
 	@touch $@
 
 .venv-oldest/test.stamp: pyproject.toml

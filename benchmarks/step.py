@@ -1,0 +1,331 @@
+"""Optimizer steps: their time on a CPU, their memory on an H100, their speed on a GPU.
+
+  python -m benchmarks.step cpu
+  python -m benchmarks.step h100-compile
+  python -m benchmarks.step gpu
+
+cpu: time of a jitted, donated step with gradients given, all contenders in turn
+within one process, as ratios to the first of their group; bytes that stay.
+
+h100-compile: compiled for an H100 that is not there (the `h100` extra): peak
+bytes a parameter of a training step of a 0.8B transformer, and what the
+optimizer step alone needs: temporaries, kernel launches. Nothing is run.
+
+gpu: the time that a copy of the same bytes takes over a step's, in turn within
+one process. The bytes are those of the gradients once (read), and those of
+weights and state twice (read and written). Dispatch from Python is in the
+times, which matters for small sizes.
+
+Each prints tables and writes `benchmarks/results/NAME.json`.
+"""
+
+import argparse
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import contenders, shapes, torch_peers
+import optax_lowmem as lowmem
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROUNDS = 7
+GPU_SIZES = [10**6, 10**7, 10**8, 10**9]
+GPU_BYTES = 2e10  # moved at least between two looks at the clock, in at most 200 steps
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+
+
+def nbytes(tree) -> int:
+  """Bytes of a tree of arrays or structs."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def log(x):
+  """Progress; the tables alone go to stdout."""
+  print(x, file=sys.stderr, flush=True)
+
+
+class Run:
+  """A contender with its arrays, to be stepped."""
+
+  def __init__(self, contender: contenders.Contender, leaf_shapes: shapes.Shapes, grads):
+    # Not jitted: XLA would fold the stored zeros of int8 statistics, for minutes.
+    self.params, self.state = contender.init(shapes.normal(leaf_shapes))
+    self.grads = grads
+    # Donated in the order of the outputs: JAX pairs buffers of one shape and dtype in order, and
+    # (state, params) would write new weights over mu, at the cost of copies (4x for fp32 Adam).
+    step = jax.jit(lambda p, s, g: contender.step(g, s, p), donate_argnums=(0, 1))
+    self.step = step.lower(self.params, self.state, grads).compile()
+    self.temporaries = self.step.memory_analysis().temp_size_in_bytes
+    self.bytes = nbytes((self.params, self.state))
+    table = lowmem.memory_table(self.params, self.state)
+    if contender.is_ours:  # counted in two ways
+      assert table.total == self.bytes
+    self.parts = table.bytes_per_param
+
+  def __call__(self):
+    """One step; its result need not be there yet."""
+    self.params, self.state = self.step(self.params, self.state, self.grads)
+    return self.params, self.state
+
+
+def seconds(run, repeats: int = 1) -> float:
+  """Mean time of one call."""
+  start = time.perf_counter()
+  for _ in range(repeats):
+    result = run()
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / repeats
+
+
+def cpu(parser) -> dict:
+  """Times on the CPU, and bytes."""
+  del parser
+  jax.config.update("jax_platforms", "cpu")
+  rows, load = [], [os.getloadavg()[0]]
+  for set_name, leaf_shapes in shapes.SETS.items():
+    for group in contenders.CPU.values():
+      grads = {
+        dtype: shapes.normal(leaf_shapes, dtype, seed=1, scale=1.0)
+        for dtype in {contender.dtype for contender in group}
+      }
+      runs, times = [], [[] for _ in group]
+      for contender in group:
+        runs.append(Run(contender, leaf_shapes, grads[contender.dtype]))
+        seconds(runs[-1], 2)
+        log(f"{set_name}: {contender.name}: warm")
+      for _ in range(ROUNDS):
+        for run, values in zip(runs, times, strict=True):
+          values.append(seconds(run))
+      for contender, run, values in zip(group, runs, times, strict=True):
+        rows.append(
+          {
+            "shapes": set_name,
+            "optimizer": contender.name,
+            "bytes/param": run.bytes / shapes.count(leaf_shapes),
+            "temporary bytes/param": run.temporaries / shapes.count(leaf_shapes),
+            "ms, min": min(values) * 1e3,
+            "ms, median": statistics.median(values) * 1e3,
+            "ratio of min": min(values) / min(times[0]),
+            "ratio of median": statistics.median(values) / statistics.median(times[0]),
+            "parts": run.parts,
+          }
+        )
+      load.append(os.getloadavg()[0])
+      del runs, run, grads
+      gc.collect()
+  about = dict(device=platform.machine() + " CPU", cores=os.cpu_count(), load=load, rounds=ROUNDS)
+  return {**about, "tables": {"A step on the CPU": rows}}
+
+
+def count_launches(text: str) -> dict[str, int]:
+  """Operations of a compiled module that start something on the GPU, by kind."""
+  bodies: dict[str, list[str]] = {}
+  entry = name = ""
+  for line in text.splitlines():
+    if head := re.match(r"(ENTRY )?%?(\S+) .*\{$", line):
+      name = head[2]
+      bodies[name] = []
+      entry = name if head[1] else entry
+    elif line.startswith("  ") and name:
+      bodies[name].append(line)
+  counts: dict[str, int] = {"fusions": 0, "kernels": 0, "others": 0}
+  pending = [entry]
+  while pending:
+    for line in bodies[pending.pop()]:
+      operation = re.match(r"\s+(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\(", line)
+      if operation is None or operation[1] in FREE:
+        continue
+      inner = re.search(r"(?:to_apply|body)=%?([\w.-]+)", line)
+      if operation[1] in ("call", "while") and inner:  # `call` is a CUDA graph
+        pending.append(inner[1])
+        continue
+      kind = {"fusion": "fusions", "custom-call": "kernels"}.get(operation[1], "others")
+      counts[kind] += 1
+  return counts
+
+
+def h100_compile(parser) -> dict:
+  """Memory and launches, compiled for an H100."""
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+  jax.config.update("jax_platforms", "cpu")
+  sys.path.insert(0, str(ROOT / "tests"))
+  import h100
+
+  if h100.sharding() is None:
+    parser.error("compiling for an H100 needs the h100 extra: pip install -e '.[h100]'")
+  (device,) = h100.sharding().device_set
+  peer = contenders.flashoptim_jax()
+
+  def compiled(contender, leaf_shapes, f, *more):
+    params, state = jax.eval_shape(contender.init, shapes.structs(leaf_shapes))
+    structs = h100.on_device((params, state, *more))
+    with contender.context(device):
+      return h100.compiled(f, *structs, donate=(0, 1)), nbytes((params, state))
+
+  def train(contender, params, state, x):
+    loss = lambda params: lowmem.scale_loss(shapes.transformer_loss(params, x), state)
+    return contender.step(jax.grad(loss)(params), state, params)
+
+  peaks, steps = [], []
+  for contender in contenders.TRAINING + peer:
+    count = shapes.count(shapes.TRANSFORMER)
+    x = jax.ShapeDtypeStruct((shapes.TOKENS, shapes.WIDTH), contender.dtype)
+    f = functools.partial(train, contender)
+    done, resident = compiled(contender, shapes.TRANSFORMER, f, x)
+    stats = done.memory_analysis()
+    peaks.append(
+      {
+        "optimizer": contender.name,
+        "resident bytes/param": resident / count,
+        "peak bytes/param": stats.peak_memory_in_bytes / count,
+        "peak - resident": (stats.peak_memory_in_bytes - resident) / count,
+      }
+    )
+    log(peaks[-1])
+  for name in ("0.8B, stacked", "one matrix, 50M", "ResNet-50"):
+    leaf_shapes = shapes.SETS.get(name, shapes.TRANSFORMER)
+    for contender in contenders.STEPS + peer:
+      grads = shapes.structs(leaf_shapes, contender.dtype)
+      f = lambda params, state, grads, step=contender.step: step(grads, state, params)
+      done, resident = compiled(contender, leaf_shapes, f, grads)
+      stats = done.memory_analysis()
+      steps.append(
+        {
+          "shapes": name,
+          "leaves": len(leaf_shapes),
+          "optimizer": contender.name,
+          "temporaries / state": stats.temp_size_in_bytes / resident,
+          "state not in place": 1 - stats.alias_size_in_bytes / resident,
+          **count_launches(done.as_text()),
+        }
+      )
+      log(steps[-1])
+  return {
+    "device": f"{device.device_kind} (compiled for, not run)",
+    "model": dict(shapes.TRANSFORMER, tokens=shapes.TOKENS),
+    "tables": {"A training step, 0.8B parameters": peaks, "The optimizer step alone": steps},
+    "absent": {} if peer else {"flashoptim-jax": "not installed"},
+  }
+
+
+def gpu(parser) -> dict:
+  """Steps against copies of the same bytes, on a GPU."""
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves room for PyTorch
+  try:
+    device = jax.devices("gpu")[0]
+  except RuntimeError as error:
+    parser.error(f"this benchmark needs a GPU, and JAX finds none: {error}")
+  peer = contenders.flashoptim_jax()
+  absent = {} if peer else {"flashoptim-jax": "not installed"}
+  peers = {}
+  for candidate in torch_peers.PEERS:
+    try:
+      peers[candidate] = torch_peers.load(candidate)
+    except Exception as error:  # whatever a foreign package dies of at its import
+      absent[candidate.name] = f"{type(error).__name__}: {error}"
+  rows = []
+  for size in GPU_SIZES:
+    shape = shapes.matrix(size)
+    for contender in contenders.GPU + peer:
+      rows.append(
+        attempt(size, contender.name, functools.partial(prepare_jax, contender, shape), seconds)
+      )
+    for candidate, module in peers.items():
+      prepare = functools.partial(torch_peers.prepare, candidate, module, shape["w"])
+      rows.append(attempt(size, candidate.name, prepare, torch_peers.seconds))
+  return {
+    "device": device.device_kind,
+    "tables": {"A step on the GPU": rows},
+    "absent": absent,
+  }
+
+
+def prepare_jax(contender, leaf_shapes):
+  """(step, copy, bytes that a step reads and writes, bytes that stay)."""
+  grads = shapes.normal(leaf_shapes, contender.dtype, seed=1, scale=1.0)
+  run = Run(contender, leaf_shapes, grads)
+  moved = nbytes(run.grads) + 2 * run.bytes
+  source = jnp.zeros(moved // 8, jnp.float32)
+  copy = jax.jit(jnp.copy)
+  return run, lambda: copy(source), moved, run.bytes
+
+
+def attempt(size: int, name: str, prepare, seconds) -> dict:
+  """A row of the GPU's table; says why where an optimizer does not run."""
+  row: dict = {"parameters": size, "optimizer": name}
+  numbers = ("bytes/param", "moved/param", "ms", "GB/s", "copy's time / step's")
+  try:
+    step, copy, moved, resident = prepare()
+    repeats = max(3, min(200, int(GPU_BYTES / moved)))
+    times: dict[str, list[float]] = {"step": [], "copy": []}
+    for run in (step, copy):
+      seconds(run, 3)
+    for _ in range(ROUNDS):
+      times["step"].append(seconds(step, repeats))
+      times["copy"].append(seconds(copy, repeats))
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    took = medians["step"]
+    values = (resident / size, moved / size, took * 1e3, moved / took / 1e9, medians["copy"] / took)
+    row |= dict(zip(numbers, values, strict=True))
+  except Exception as error:  # out of memory, or a peer's own trouble: the others go on
+    row |= dict.fromkeys(numbers) | {"failed": f"{type(error).__name__}: {error}"[:300]}
+  gc.collect()
+  log(row)
+  return row
+
+
+def markdown(rows: list[dict]) -> str:
+  """The rows as a table; what is no number or word is left out."""
+
+  def cell(value):
+    if value is None:
+      return "failed"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+  columns = [name for name in rows[0] if not isinstance(rows[0][name], dict)]
+  right = [isinstance(rows[0][name], (int, float)) for name in columns]
+  lines = [columns, ["---:" if r else "---" for r in right]]
+  lines += [[cell(row[name]) for name in columns] for row in rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+COMMANDS = {"cpu": cpu, "h100-compile": h100_compile, "gpu": gpu}
+
+
+def main():
+  """Runs one command, prints its tables and writes them."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("command", choices=COMMANDS)
+  parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+  args = parser.parse_args()
+  results = COMMANDS[args.command](parser)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+  commit = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+  ).stdout.strip()
+  results = {**versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), **results}
+  for title, rows in results["tables"].items():
+    print(f"\n{title}\n\n{markdown(rows)}")
+  for name, why in results.get("absent", {}).items():
+    print(f"absent: {name} ({why})")
+  out = args.out or ROOT / f"benchmarks/results/{args.command.replace('-', '_')}.json"
+  out.parent.mkdir(parents=True, exist_ok=True)
+  out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  main()
