@@ -312,11 +312,12 @@ def main():
   parser.add_argument("command", choices=COMMANDS)
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   args = parser.parse_args()
-  results = COMMANDS[args.command](parser)
-  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+  # Before the run: the tree may change under it.
   commit = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
   ).stdout.strip()
+  results = COMMANDS[args.command](parser)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
   results = {**versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), **results}
   for title, rows in results["tables"].items():
     print(f"\n{title}\n\n{markdown(rows)}")

@@ -167,6 +167,8 @@ def quantize(
   def init_fn(params):
     inner_state = inner.init(jax.tree.map(_widen, params))
     table = _find_statistics(inner_state, params, by_field, default, required, only_held)
+    # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
+    inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
     words = jnp.array(key_words(key), copy=True)
     if (session := _session.current(_session.InitSession)) is not None:
       session.found_ours = True
