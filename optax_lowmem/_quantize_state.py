@@ -14,7 +14,7 @@ from pallas_kernels import state_formats
 from pallas_kernels.random_bits import key_words, random_bits
 from pallas_kernels.state_formats import StateFormat
 
-# Fields of Optax's states that average squares: not negative, stored by their roots.
+# Fields of Optax's states that average squares: not negative, stored as second moments.
 SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
 DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
 

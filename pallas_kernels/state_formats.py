@@ -11,8 +11,8 @@ A block is 32 neighbours along the last axis (the last one may be short), its
 scale the largest magnitude, rounded up to bfloat16. So every leading axis, and
 the last in whole blocks, can be sharded without changing a value.
 
-A second moment (`is_square`) is stored through its square root, unsigned, and
-a positive one is never rounded to zero: Adam divides by it.
+A second moment (`is_square`) that has a scale is stored through its square
+root, unsigned. A positive one is never rounded to zero: Adam divides by it.
 
 Rounding is unbiased in what is stored. Why these laws, and what others do:
 `docs/state_formats.md`.
