@@ -189,10 +189,10 @@ def quantize(
     def inner_update(stored):
       return inner.update(wide, _load(stored, table), wide_params, **extra_args)
 
-    # The statistics are computed twice, for the scales and for the codes.
-    _, after = inner_update(state.inner_state)
-    scales = _block_scales(after, table)
-    updates, after = inner_update(_read_again(state.inner_state, scales))
+    updates, after = inner_update(state.inner_state)
+    # Where there are scales, the statistics are computed again for the codes.
+    if scales := _block_scales(after, table):
+      updates, after = inner_update(_read_again(state.inner_state, scales))
     step = state.step + _was_taken(state.inner_state, after)
     stored = _store(after, table, _streams(state.key, step, table), scales)
     return updates, QuantizedState(step, state.key, stored, table)
