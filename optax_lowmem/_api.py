@@ -140,7 +140,7 @@ def load_master(params, opt_state):
   def load(node):
     if not isinstance(node, DeltaBitsState):
       return node
-    streams = _streams(node.key, node.step, node.formats)
+    streams = _streams(node.key, node.step, node.formats.by_name)
     residuals = {}
     for name, fmt in node.formats.table:
       if name not in by_name:

@@ -1,6 +1,6 @@
 """delta_bits: half-precision weights whose float32 master is kept in residual bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
@@ -136,7 +136,7 @@ def delta_bits(
     words = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
     session = _session.current(_session.InitSession)
     formats = _formats_for(weights, params, converting=session is not None)
-    streams = _streams(words, 0, formats)
+    streams = _streams(words, 0, formats.by_name)
     residuals, masters = {}, {}
     for name, leaf in _tree.named_leaves(params).items():
       fmt = formats.get(name)
@@ -185,7 +185,7 @@ def delta_bits(
       **extra_args,
     )
     next_step = state.step + _was_taken(state.inner_state, inner_state)
-    streams = _streams(state.key, next_step, formats)
+    streams = _streams(state.key, next_step, formats.by_name)
     session = _session.current(_session.StepSession)
     new_residuals = {}
 
@@ -278,9 +278,9 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   return find
 
 
-def _streams(words, step, formats: Formats) -> dict[str, jax.Array]:
-  """Each leaf's words of the random stream at a step."""
-  names = [name for name, _ in formats.table]
+def _streams(words, step, names: Iterable[str]) -> dict[str, jax.Array]:
+  """Each leaf's words of the random stream at a step, by name."""
+  names = sorted(names)
   if not names:
     return {}
   keys = stream_keys(words, step, [leaf_id(name) for name in names])

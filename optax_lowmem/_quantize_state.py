@@ -11,12 +11,27 @@ import optax
 from optax_lowmem import _session, _tree
 from optax_lowmem._delta_bits import Formats, _streams, _was_taken
 from pallas_kernels import state_formats
-from pallas_kernels.random_bits import key_words, random_bits
+from pallas_kernels.random_bits import key_words, random_bits, statistic_bits
 from pallas_kernels.state_formats import StateFormat
 
 # Fields of Optax's states that average squares: not negative, stored as second moments.
 SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
 DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
+
+
+class Statistic(NamedTuple):
+  """What is known of a statistic that is stored.
+
+  Attributes:
+    format: how.
+    parameter: the name of the parameter that it belongs to.
+    index: which of that parameter's statistics it is; says where its random
+      bits come from.
+  """
+
+  format: StateFormat
+  parameter: str
+  index: int
 
 
 class _Default(str):
@@ -34,7 +49,7 @@ class QuantizedState(NamedTuple):
     key: uint32 [2], raw key data.
     inner_state: the wrapped transformation's, its statistics as
       `pallas_kernels.state_formats` stores them.
-    formats: static, the formats by leaf name.
+    formats: static, a `Statistic` by leaf name.
   """
 
   step: jax.Array
@@ -175,9 +190,7 @@ def quantize(
     return QuantizedState(
       step=jnp.zeros([], jnp.int32),
       key=words,
-      inner_state=_store(
-        inner_state, table, _streams(words, 0, table), _block_scales(inner_state, table)
-      ),
+      inner_state=_store(inner_state, table, words, 0, _block_scales(inner_state, table)),
       formats=table,
     )
 
@@ -194,7 +207,7 @@ def quantize(
     if scales := _block_scales(after, table):
       updates, after = inner_update(_read_again(state.inner_state, scales))
     step = state.step + _was_taken(state.inner_state, after)
-    stored = _store(after, table, _streams(state.key, step, table), scales)
+    stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(step, state.key, stored, table)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -205,24 +218,26 @@ def _widen(x):
 
 
 def _find_statistics(inner_state, params, by_field, default, required, only_held) -> Formats:
-  """The format of each statistic in inner's state, by its name there."""
+  """Each statistic in inner's state, by its name there."""
   weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   held = _session.held_names() if only_held else None
-  table, fields = [], set()
+  table: list[tuple[str, Statistic]] = []
+  fields, counts = set(), dict.fromkeys(weights, 0)
   for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
-    for start in range(1, len(path) + 1):  # the longest parameter path that this one ends in
-      weight = weights.get(path[start:])
-      if weight is None or not isinstance(path[start - 1], jax.tree_util.GetAttrKey):
-        continue
-      if jnp.shape(weight) != jnp.shape(leaf) or leaf.dtype != jnp.float32:
-        continue
-      field = path[start - 1].name
-      fields.add(field)
-      name = by_field.get(field, default)
-      is_held = held is None or _tree.name_of(path[start:]) in held
-      if name not in (None, "fp32") and is_held:
-        table.append((_tree.name_of(path), StateFormat(name, is_square=field in SQUARES)))
-      break
+    start = owner(path, weights)
+    if start is None or not isinstance(path[start - 1], jax.tree_util.GetAttrKey):
+      continue
+    weight, parameter = weights[path[start:]], _tree.name_of(path[start:])
+    if jnp.shape(weight) != jnp.shape(leaf) or leaf.dtype != jnp.float32:
+      continue
+    field = path[start - 1].name
+    fields.add(field)
+    index = counts[path[start:]]
+    counts[path[start:]] += 1
+    name = by_field.get(field, default)
+    if name not in (None, "fp32") and (held is None or parameter in held):
+      fmt = StateFormat(name, is_square=field in SQUARES)
+      table.append((_tree.name_of(path), Statistic(fmt, parameter, index)))
   missing = set(required) - fields
   if missing and weights:
     raise ValueError(
@@ -232,19 +247,28 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
   return Formats(tuple(table))
 
 
+def owner(path, weights) -> int | None:
+  """Where the longest path of a parameter begins that a path in inner's state ends in."""
+  return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
+
+
 def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
   """The scales of the statistics that have any, by name."""
   named = _tree.named_leaves(inner_state)
-  formats = {name: fmt for name, fmt in table.table if fmt.has_scale}
+  formats = {name: x.format for name, x in table.table if x.format.has_scale}
   return {name: _block_scale(named[name], fmt) for name, fmt in formats.items()}
 
 
-def _store(inner_state, table: Formats, streams, scales):
+def _store(inner_state, table: Formats, words, step, scales):
   """Inner's state with its statistics as they are stored."""
+  streams = _streams(words, step, {x.parameter for _, x in table.table})
 
   def store(name, x):
-    fmt = table.get(name)
-    return x if fmt is None else _quantize(x, fmt, streams[name], scales.get(name))
+    known = table.get(name)
+    if known is None:
+      return x
+    stream = streams[known.parameter]
+    return _quantize(x, known.format, known.index, stream, scales.get(name))
 
   return _tree.map_named(store, inner_state)
 
@@ -253,8 +277,8 @@ def _load(inner_state, table: Formats):
   """The inverse of `_store`."""
 
   def load(name, x):
-    fmt = table.get(name)
-    return x if fmt is None else state_formats.dequantize(x, fmt)
+    known = table.get(name)
+    return x if known is None else state_formats.dequantize(x, known.format)
 
   return _map_stored(load, inner_state)
 
@@ -277,9 +301,10 @@ def _map_stored(f, inner_state):
 
 
 # Under jit, so that leaves of one shape and format are traced once.
-@functools.partial(jax.jit, static_argnums=1)
-def _quantize(x, fmt: StateFormat, stream, scale):
-  return state_formats.quantize(x, fmt, random_bits(stream, x.shape), scale)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(x, fmt: StateFormat, index: int, stream, scale):
+  bits = lambda lane: random_bits(stream, x.shape, lane)
+  return state_formats.quantize(x, fmt, statistic_bits(bits, index), scale)
 
 
 _block_scale = jax.jit(state_formats.block_scale, static_argnums=1)

@@ -1,9 +1,9 @@
-"""Launching, tiling and aliasing of elementwise Mosaic GPU kernels, in one place.
+"""Launching, tiling and aliasing of Mosaic GPU kernels, in one place.
 
-A kernel here is a function on arrays that is called on one tile in registers:
-`tile(bits, *reads, *in_place) -> (*in_place, *outputs)`. Arrays of any shape
-are walked as one dimension, 1,024 elements (one warpgroup) a program. What is
-updated in place is a `jax.Ref`, so that XLA aliases it to the donated buffer
+A kernel here is a function on arrays that is called on one tile in registers.
+Arrays of any shape are walked as one dimension, 1,024 elements (one warpgroup)
+a program: in a row for `elementwise`, as 32 blocks of 32 for `blockwise`. What
+is updated in place is a `jax.Ref`, so that XLA aliases it to the donated buffer
 and needs no temporary; the ragged end is computed by XLA, on the refs and
 after the kernel (slicing it off before would copy everything).
 """
@@ -38,9 +38,10 @@ def resolve(
 ) -> Implementation:
   """Checks an operation's `implementation`, and chooses it where it is None.
 
-  None is "xla" everywhere so far: XLA compiles each of these operations into
-  one fusion with the kernel's traffic (`tests/test_h100.py` counts both), and
-  no measurement on a GPU has shown the kernel to be faster.
+  None is "xla" here: XLA compiles each of these operations into one fusion
+  with the kernel's traffic (`tests/test_h100.py` counts both), and no
+  measurement on a GPU has shown the kernel to be faster. (`fused_update`,
+  which XLA needs two passes for, chooses by the device it is compiled for.)
 
   Args:
     implementation: None, "xla" or "mosaic_gpu".
@@ -158,3 +159,96 @@ def elementwise(
     for ref, value in zip(refs, tile(bits, *loaded), strict=True):
       ref[end] = value
   return [jax.freeze(ref).reshape(shape) for ref in refs]
+
+
+BLOCK = 32  # neighbours with one scale
+ROWS = TILE // BLOCK
+# 8 neighbouring elements a lane, 8 blocks a warp: 16-byte accesses at 16 bits each, and the
+# maximum over a block is two shuffles between lanes.
+_BLOCKS = plgpu.Layout.TILED(
+  plgpu.Tiling(((ROWS, BLOCK), (ROWS // 4, BLOCK), (8,))),
+  warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1,
+)  # fmt: skip
+_A_BLOCK = _BLOCKS.reduce(1)
+_HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
+
+
+def blockwise(
+  tile: Callable,
+  tiles: int,
+  *,
+  key: jax.Array,
+  scalars: Sequence[jax.Array],
+  reads: Sequence[jax.Array],
+  refs: Sequence[jax.Ref],
+  scale_refs: Sequence[jax.Ref],
+  when: jax.Array | None = None,
+):
+  """Runs `tile` over blocks of 32 neighbours, as a kernel, in place.
+
+  Args:
+    tile: `(bits, scalars, reads, values, scales) -> (values, scales)`, on
+      lists of arrays: [32, 32] for 32 blocks, and [32] for their scales;
+      bits(lane) are the stream's (`element_bits`).
+    tiles: how many tiles of 1,024 elements there are.
+    key: uint32 [2], the stream's words.
+    scalars: float32, what tile's scalars are.
+    reads: arrays [blocks, 32], of 32 * tiles blocks or more.
+    refs: what is replaced, likewise, of at most 16 bits a value.
+    scale_refs: what is replaced, bfloat16 [blocks].
+    when: where this is False nothing is written.
+  """
+  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
+
+  def body(*operands):
+    operands = list(operands)
+    groups = ([key], numbers, flags, reads, refs, scale_refs)
+    taken = [[operands.pop(0) for _ in group] for group in groups]
+    (key_ref,), number_refs, flag_refs, read_refs, value_refs, block_refs = taken
+    start = jax.lax.axis_index("tile")
+    blocks = pl.ds(start * ROWS, ROWS)
+
+    def run():
+      def load(ref):
+        return plgpu.load(ref.at[blocks], layout=_BLOCKS, optimized=False)
+
+      row, column = (
+        plgpu.broadcasted_iota(jnp.uint32, (ROWS, BLOCK), axis, layout=_BLOCKS) for axis in (0, 1)
+      )
+      index = row * jnp.uint32(BLOCK) + column + (start * TILE).astype(jnp.uint32)
+      values, scales = tile(
+        lambda lane: element_bits((key_ref[0], key_ref[1]), index, lane=lane),
+        [ref[i] for ref in number_refs for i in range(len(scalars))],
+        [load(ref) for ref in read_refs],
+        [load(ref) for ref in value_refs],
+        [plgpu.load(ref.at[blocks], layout=_A_BLOCK, optimized=False) for ref in block_refs],
+      )
+      for ref, value in zip(value_refs, values, strict=True):
+        ref[blocks] = value
+      # 8 scales of 16 bits a warp: no store that counts as optimized.
+      if _HAS_STORE:
+        for ref, scale in zip(block_refs, scales, strict=True):
+          plgpu.store(ref.at[blocks], scale, optimized=False)
+        return
+      for ref, shared, scale in zip(block_refs, operands, scales, strict=True):
+        shared[...] = scale
+      plgpu.commit_smem()
+      for ref, shared in zip(block_refs, operands, strict=True):
+        plgpu.copy_smem_to_gmem(shared, ref.at[blocks])
+      plgpu.wait_smem_to_gmem(0)
+
+    if flag_refs:
+      pl.when(flag_refs[0][0] != 0)(run)
+    else:
+      run()
+
+  shared = [] if _HAS_STORE else [plgpu.SMEM((ROWS,), jnp.bfloat16) for _ in scale_refs]
+  plgpu.kernel(
+    body,
+    grid=(tiles,),
+    grid_names=("tile",),
+    scratch_types=shared,
+    # Every thread writes what it alone has read (a warp, of the scales): nothing to wait for.
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+  )(key, *numbers, *flags, *reads, *refs, *scale_refs)

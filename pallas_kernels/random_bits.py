@@ -27,7 +27,7 @@ Dieharder battery by `benchmarks/random_stream.py`, whose output is kept in
 `docs/random_stream.md`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import hashlib
 import math
 
@@ -37,6 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _U32 = jnp.uint32
+# Odd, with bits spread evenly: 2**32 over the golden ratio, and two of xxHash's primes.
+_LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 
 
 def key_words(key: jax.typing.ArrayLike) -> jax.Array:
@@ -102,13 +104,15 @@ def stream_keys(
   return jax.extend.random.threefry_2x32((k[0], k[1]), flat).reshape(2, -1).T
 
 
-def element_bits(key, index, index_high=0):
+def element_bits(key, index, index_high=0, lane: int = 0):
   """32 random bits for each element; any shape, on arrays or on tiles.
 
   Args:
     key: the two uint32 scalars of one row of `stream_keys`.
     index: uint32, the low half of the element's place in the whole array.
     index_high: uint32 (or 0), the high half of it.
+    lane: 0 for a weight; others are further bits for the same element (its
+      statistics), one multiplication each.
 
   Returns:
     uint32 of index's shape.
@@ -119,7 +123,25 @@ def element_bits(key, index, index_high=0):
   k1 = k1 ^ (index_high * _U32(0x9E3779B9))
   h = (h ^ (h >> _U32(11))) * _U32(0xAC4C1B51) + k1
   h = (h ^ (h >> _U32(15))) * _U32(0x31848BAB)
-  return h ^ (h >> _U32(14))
+  h = h ^ (h >> _U32(14))
+  for i in range(lane):
+    h = h * _U32(_LANES[i % len(_LANES)])
+    h = h ^ (h >> _U32(16))
+  return h
+
+
+def statistic_bits(bits: Callable[[int], jax.Array], index: int) -> jax.Array:
+  """The bits of an element's statistic number `index`: on top, 16 of lane 1, 2, ...
+
+  Args:
+    bits: lane -> uint32, `element_bits` of the elements.
+    index: which of the weight's statistics it is.
+
+  Returns:
+    uint32, whose upper 16 bits are random.
+  """
+  half = bits(1 + index // 2)
+  return half << _U32(16) if index % 2 else half
 
 
 def place(coordinates, shape: tuple[int, ...]):
@@ -154,14 +176,15 @@ def element_index(shape: tuple[int, ...]):
   return jnp.broadcast_to(low, shape), high
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def random_bits(key: jax.Array, shape: tuple[int, ...], lane: int = 0) -> jax.Array:
   """The stream of a whole array.
 
   Args:
     key: uint32 [2], one row of `stream_keys`.
     shape: the array's shape.
+    lane: see `element_bits`.
 
   Returns:
     uint32 of that shape.
   """
-  return element_bits((key[0], key[1]), *element_index(shape))
+  return element_bits((key[0], key[1]), *element_index(shape), lane=lane)

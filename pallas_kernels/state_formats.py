@@ -32,9 +32,11 @@ _U32, _I32 = jnp.uint32, jnp.int32
 BLOCK = 32
 Name = Literal["fp32", "bf16", "fp16", "int8"]
 NAMES = get_args(Name)
-# Below it 1 / scale overflows, or the square of a root does not survive a step.
-MIN_SCALE = 2.0**-108
+# Below it the largest code over the scale overflows.
+MIN_SCALE = 2.0**-103
+# The square of a smaller root does not survive a step; the least code of "int8" stands for more.
 MIN_ROOT = 2.0**-62
+MIN_ROOT_SCALE = 2.0**-54
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,8 @@ def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
   x_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x)
   # Each magnitude's own scale first, 16 bits wide: all that is kept between XLA's two passes.
   # On bit patterns, where a maximum cannot drop a NaN.
-  code_K = jnp.max(scale_code(x_KxB).astype(jnp.uint16), axis=-1, initial=0)
+  codes = scale_code(magnitude_bits(x_KxB), fmt)
+  code_K = jnp.max(codes.astype(jnp.uint16), axis=-1, initial=0)
   scale_K = jax.lax.bitcast_convert_type(code_K, jnp.bfloat16)
   return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
 
@@ -167,6 +170,24 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
   return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
 
 
+def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat):
+  """`dequantize` of a tile of blocks, scale_K None where the format has none."""
+  if not fmt.has_scale:
+    return arithmetic.widen(codes_KxB)
+  x_KxB = decode(codes_KxB, scale_K, fmt)
+  return x_KxB * x_KxB if fmt.is_square else x_KxB
+
+
+def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB):
+  """`quantize` of a tile of blocks: (codes, scales), None for scales where it has none."""
+  if not fmt.has_scale:
+    return quantize(x_KxB, fmt, bits_KxB), None
+  x_KxB = jnp.sqrt(x_KxB) if fmt.is_square else x_KxB
+  largest_K = jnp.max(magnitude_bits(x_KxB).astype(_I32), axis=-1).astype(_U32)
+  scale_K = arithmetic.low_of(scale_code(largest_K, fmt), jnp.bfloat16)
+  return encode(x_KxB, scale_K, fmt, bits_KxB), scale_K
+
+
 def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
   """The same statistic, for a second pass over memory that needs its new scale.
 
@@ -182,11 +203,16 @@ def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
   return Blocks(_off_blocks(codes_KxB, stored.codes.shape), stored.scale)
 
 
-def scale_code(x):
-  """Values -> their magnitudes rounded up to bfloat16, as bit patterns in uint32."""
-  magnitude = arithmetic.bits_of(x) & _U32(0x7FFFFFFF)
+def magnitude_bits(x):
+  """float32 -> the bit pattern without its sign, uint32: larger for larger magnitudes."""
+  return arithmetic.bits_of(x) & _U32(0x7FFFFFFF)
+
+
+def scale_code(magnitude, fmt: StateFormat):
+  """`magnitude_bits` rounded up to bfloat16's bit patterns, in uint32; monotone."""
+  lowest = MIN_ROOT_SCALE if fmt.is_square else MIN_SCALE
   code = (magnitude + _U32(0xFFFF)) >> _U32(16)
-  lowest = (math.frexp(MIN_SCALE)[1] - 1 + arithmetic.F32_BIAS) << 7
+  lowest = (math.frexp(lowest)[1] - 1 + arithmetic.F32_BIAS) << 7
   code = jnp.clip(code, _U32(lowest), _U32(0x7F7F))  # the largest finite value stays finite
   code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, magnitude >> _U32(16))
   return jnp.where(magnitude > _U32(0), code, _U32(0))
@@ -194,25 +220,29 @@ def scale_code(x):
 
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
   """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
+  # A kernel divides once a block; nothing is divided where everything is zero.
+  top = {"fp16": 1.0, "int8": fmt.top * 65536.0 if fmt.is_square else fmt.top}[fmt.name]
   scale_KxB = _along(scale_K, x_KxB.shape)
-  top = 1.0 if fmt.name == "fp16" else fmt.top
-  ratio = jnp.where(scale_KxB > 0, (x_KxB / scale_KxB) * top, jnp.float32(0))
+  ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
     )
-  # Upwards with the probability that keeps the mean.
-  uniform = ((bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32) + 0.5) * 2.0**-16
+  # Upwards with the probability that keeps the mean. Integers are truncated: Mosaic GPU has no
+  # floor.
+  uniform = (bits_KxB >> _U32(16)).astype(_I32)
   if fmt.is_square:
-    c = jnp.floor(ratio + uniform)
-    c = jnp.where(x_KxB > 0, jnp.maximum(c, 1.0), c)
+    c = ((ratio + jnp.float32(0.5)).astype(_I32) + uniform) >> _I32(16)
+    c = jnp.where(x_KxB > 0, jnp.maximum(c, _I32(1)), c)
   else:  # between c**2 and (c + 1)**2
     ratio = jnp.abs(ratio)
-    c = jnp.floor(jnp.sqrt(ratio))
-    c = jnp.where(uniform * (2 * c + 1) < ratio - c * c, c + 1, c)
-  c = jnp.minimum(c, float(fmt.levels))
+    c = jnp.sqrt(ratio).astype(_I32)
+    floor = c.astype(jnp.float32)
+    uniform = uniform.astype(jnp.float32) * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
+    c = jnp.where(uniform * (2 * floor + 1) < ratio - floor * floor, c + _I32(1), c)
+  c = jnp.minimum(c, _I32(fmt.levels))
   c = c if fmt.is_square else jnp.where(x_KxB < 0, -c, c)
-  return c.astype(_I32).astype(fmt.dtype)
+  return c.astype(fmt.dtype)
 
 
 def decode(codes_KxB, scale_K, fmt: StateFormat):
@@ -220,14 +250,12 @@ def decode(codes_KxB, scale_K, fmt: StateFormat):
   scale_KxB = _along(scale_K, codes_KxB.shape)
   if fmt.name == "fp16":
     x = arithmetic.widen(codes_KxB) * scale_KxB
-  else:
-    c = codes_KxB.astype(_I32).astype(jnp.float32)
-    c = c if fmt.is_square else c * jnp.abs(c)
-    x = c * (scale_KxB * jnp.float32(1 / fmt.top))
-  if fmt.is_square:
-    is_zero = (codes_KxB == jnp.zeros((), codes_KxB.dtype)) & (x == 0)
-    x = jnp.where(is_zero, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
-  return x
+    if fmt.is_square:
+      x = jnp.where(x == 0, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
+    return x
+  c = codes_KxB.astype(_I32).astype(jnp.float32)
+  c = c if fmt.is_square else c * jnp.abs(c)
+  return c * (scale_KxB * jnp.float32(1 / fmt.top))
 
 
 def _keep_positive(x, rounded, fmt: StateFormat):

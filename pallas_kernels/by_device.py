@@ -1,0 +1,114 @@
+"""by_device: the program that suits the device it is compiled for, chosen while it is lowered.
+
+A traced function does not know where it will run: `jax.jit` may compile it for
+another device than the default one, or for several. JAX's `platform_dependent`
+sees "cuda" alone, but a Mosaic GPU kernel that is compiled for a GPU before
+Hopper aborts the process, and one inside a partitioned program is opaque to the
+partitioner. So this is a primitive of our own, whose lowering looks at the
+devices.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import Any
+
+import jax
+
+# Private, and the only way for a lowering rule to be told its devices; without
+# it `device_assignment` is None and everything takes the XLA path.
+from jax._src import dispatch
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+# JAX 0.11.2 assembles for Hopper whatever the device is: ptxas refuses Blackwell's code.
+_FIRST_UNKNOWN = math.inf if jax.version.__version_info__ >= (0, 12) else 10.0
+
+_by_device_p = Primitive("by_device")
+_by_device_p.multiple_results = True
+dispatch.prim_requires_devices_during_lowering.add(_by_device_p)
+
+
+def by_device(programs: dict[str, Callable], *args) -> Any:
+  """Calls one of several programs with equal results.
+
+  Args:
+    programs: by kind of device: "any" (needed), "mosaic_gpu" (one NVIDIA GPU
+      that the kernels compile for) and "cpu" (one CPU device). They close
+      over no tracers.
+    *args: pytrees of arrays, the arguments of each program.
+
+  Returns:
+    What the program returns, a pytree of arrays.
+  """
+  if not jax.sharding.get_abstract_mesh().empty:  # under shard_map or explicit axes
+    return programs["any"](*args)
+  flat, treedef = jax.tree.flatten(args)
+  result = jax.eval_shape(programs["any"], *args)
+  outputs = _by_device_p.bind(
+    *flat, programs=tuple(programs.items()), treedef=treedef, result=_Struct(result)
+  )
+  return jax.tree.unflatten(jax.tree.structure(result), outputs)
+
+
+class _Struct:
+  """A tree of `jax.ShapeDtypeStruct`, as a static parameter."""
+
+  def __init__(self, tree):
+    leaves, self.treedef = jax.tree.flatten(tree)
+    self.leaves = tuple((x.shape, x.dtype) for x in leaves)
+
+  def __eq__(self, other):
+    return (self.leaves, self.treedef) == (other.leaves, other.treedef)
+
+  def __hash__(self):
+    return hash((self.leaves, self.treedef))
+
+
+def _flat_program(kind: str, programs, treedef):
+  by_kind = dict(programs)
+  program = by_kind.get(kind, by_kind["any"])
+  return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
+
+
+@_by_device_p.def_abstract_eval
+def _abstract_eval(*avals, programs, treedef, result):
+  del avals, programs, treedef
+  return [jax.core.ShapedArray(shape, dtype) for shape, dtype in result.leaves]
+
+
+@_by_device_p.def_impl
+def _impl(*args, programs, treedef, result):
+  bind = functools.partial(_by_device_p.bind, programs=programs, treedef=treedef, result=result)
+  return jax.jit(bind)(*args)
+
+
+def _lower(ctx, *args, programs, treedef, result):
+  del result
+  devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
+  flat = _flat_program(_kind(devices), programs, treedef)
+  return mlir.lower_fun(flat, multiple_results=True)(ctx, *args)
+
+
+def _kind(devices) -> str:
+  if len(devices) != 1:
+    return "any"
+  (device,) = devices
+  if device.platform == "cpu":
+    return "cpu"
+  capability = float(getattr(device, "compute_capability", 0)) if _is_nvidia(device) else 0
+  return "mosaic_gpu" if 9.0 <= capability < _FIRST_UNKNOWN else "any"
+
+
+def _is_nvidia(device) -> bool:
+  return device.platform == "gpu" and "NVIDIA" in device.device_kind
+
+
+def _batch(args, axes, *, programs, treedef, result):
+  del result
+  flat = jax.vmap(_flat_program("any", programs, treedef), in_axes=axes)(*args)
+  return flat, [0] * len(flat)
+
+
+mlir.register_lowering(_by_device_p, _lower)
+batching.primitive_batchers[_by_device_p] = _batch
