@@ -1,5 +1,6 @@
 """Loss scaling: gradients of a scaled loss, unscaled in float32, bad steps skipped."""
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -193,7 +194,18 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     inverse = 1.0 / state.scale
     unscaled = jax.tree.map(lambda g: _unscale(g, inverse), updates)
     finite = _all_finite(unscaled)
-    new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
+    session = _session.current(_session.StepSession)
+    if session is None:
+      is_settled = lambda x: False
+      guarded = contextlib.nullcontext()
+    else:
+      # Ours unscale each gradient where they read it, and leave their arrays as they are at a skip.
+      is_settled = session.is_settled
+      takes_scale = getattr(inner.update, "takes_gradient_scale", False)
+      unscaled = updates if takes_scale else unscaled
+      guarded = session.unless_skipped(finite, inverse if takes_scale else None)
+    with guarded:
+      new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
     weights = {} if params is None else _tree.named_leaves(params)
     scale, growth_count = next_scale(state, finite)
     new_state = LossScaleState(
@@ -202,11 +214,20 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
       skipped=state.skipped + (1 - finite.astype(jnp.int32)),
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
       inner_state=jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state
+        lambda new, old: new if is_settled(new) else jnp.where(finite, new, old),
+        inner_state,
+        state.inner_state,
       ),
     )
-    kept = _tree.map_named(lambda name, u: _keep_if(finite, u, weights.get(name)), new_updates)
-    return kept, new_state
+
+    def keep(name, update):
+      if not isinstance(update, _session.Landed):
+        return _keep_if(finite, update)
+      if is_settled(update.low):
+        return update
+      return update.map(lambda low: jnp.where(finite, low, weights[name]))
+
+    return _tree.map_named(keep, new_updates), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -226,10 +247,8 @@ def _all_finite(grads) -> jax.Array:
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
 
 
-def _keep_if(finite, update, weight):
+def _keep_if(finite, update):
   """The update, or one that changes nothing: -0.0 (x + -0.0 is x for every x, -0.0 too)."""
-  if isinstance(update, _session.Landed):
-    return update.map(lambda low: jnp.where(finite, low, weight))
   if not _tree.is_inexact(update):
     is_number = getattr(update, "dtype", None) != jax.dtypes.float0
     return jnp.where(finite, update, 0).astype(update.dtype) if is_number else update

@@ -1,8 +1,8 @@
 """adamw, adam, lion and sgd: Optax's, with weights and statistics in few bits.
 
 Each is `delta_bits(quantize_state(optax.X(...)))`, so its mathematics is
-Optax's. Parameters without a weight format keep Optax's own behaviour,
-statistics included.
+Optax's; `lowmem.step` takes an in-place path of its own (`_fused`). Parameters
+without a weight format keep Optax's own behaviour, statistics included.
 """
 
 from typing import Any
@@ -10,15 +10,13 @@ from typing import Any
 import jax
 import optax
 
-from optax_lowmem._delta_bits import Weights, delta_bits
-from optax_lowmem._quantize_state import DEFAULT, first_format, quantize
+from optax_lowmem._delta_bits import Weights
+from optax_lowmem._fused import fused
+from optax_lowmem._quantize_state import DEFAULT, first_format
+from pallas_kernels.launch import Implementation
 from pallas_kernels.state_formats import Name
 
 Array = jax.typing.ArrayLike
-
-
-def _hold(inner, weights, formats, key) -> optax.GradientTransformationExtraArgs:
-  return delta_bits(quantize(inner, formats, "bf16", key, only_held=True), weights, key=key)
 
 
 def adamw(
@@ -36,6 +34,7 @@ def adamw(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
+  implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.adamw` in 5.13 bytes a parameter: weight, residual and both moments.
 
@@ -53,6 +52,8 @@ def adamw(
     mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
     nu: format of the second moment.
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
+      `pallas_kernels.fused_update` takes it.
 
   Returns:
     A transformation; use it with `lowmem.init` and `lowmem.step`.
@@ -71,10 +72,13 @@ def adamw(
     [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
   """
   formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}
-  inner = optax.adamw(
-    learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
-  )
-  return _hold(inner, weights, formats, key)
+
+  def make(mask):
+    return optax.adamw(
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
+    )
+
+  return fused(make, mask, weights, formats, key, implementation)
 
 
 def adam(
@@ -90,6 +94,7 @@ def adam(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
+  implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.adam` in 5.13 bytes a parameter: weight, residual and both moments.
 
@@ -105,6 +110,8 @@ def adam(
     mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
     nu: format of the second moment.
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
+      `pallas_kernels.fused_update` takes it.
 
   Returns:
     A transformation; use it with `lowmem.init` and `lowmem.step`.
@@ -121,8 +128,12 @@ def adam(
     [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
   """
   formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}
-  inner = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-  return _hold(inner, weights, formats, key)
+
+  def make(mask):
+    del mask  # there is no weight decay
+    return optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+
+  return fused(make, None, weights, formats, key, implementation)
 
 
 def lion(
@@ -136,6 +147,7 @@ def lion(
   weights: Weights = "bf16+8",
   mu: Name = DEFAULT,
   key: Array = 0,
+  implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.lion` in 4.07 bytes a parameter: weight, residual and momentum.
 
@@ -149,6 +161,8 @@ def lion(
     weights: formats of the weights, as `delta_bits` takes them.
     mu: format of the momentum: "fp32", "bf16", "fp16" or "int8".
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
+      `pallas_kernels.fused_update` takes it.
 
   Returns:
     A transformation; use it with `lowmem.init` and `lowmem.step`.
@@ -163,8 +177,12 @@ def lion(
     [Symbolic Discovery of Optimization Algorithms](https://arxiv.org/abs/2302.06675);
     [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381)
   """
-  inner = optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
-  return _hold(inner, weights, {"mu": first_format(mu, mu_dtype, "mu")}, key)
+  formats = {"mu": first_format(mu, mu_dtype, "mu")}
+
+  def make(mask):
+    return optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
+
+  return fused(make, mask, weights, formats, key, implementation)
 
 
 def sgd(
@@ -176,6 +194,7 @@ def sgd(
   weights: Weights = "bf16+8",
   accumulator: Name = DEFAULT,
   key: Array = 0,
+  implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.sgd` in 4.07 bytes a parameter (3 without momentum).
 
@@ -187,6 +206,8 @@ def sgd(
     weights: formats of the weights, as `delta_bits` takes them.
     accumulator: format of the accumulator: "fp32", "bf16", "fp16" or "int8".
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
+      `pallas_kernels.fused_update` takes it.
 
   Returns:
     A transformation; use it with `lowmem.init` and `lowmem.step`.
@@ -204,5 +225,9 @@ def sgd(
     [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381)
   """
   formats = {"trace": first_format(accumulator, accumulator_dtype, "accumulator")}
-  inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-  return _hold(inner, weights, formats, key)
+
+  def make(mask):
+    del mask  # there is no weight decay
+    return optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
+
+  return fused(make, None, weights, formats, key, implementation)

@@ -43,10 +43,39 @@ class InitSession:
 
 @dataclasses.dataclass
 class StepSession:
-  """The landed weights that have not reached `step` yet."""
+  """What our members tell each other inside `step`.
+
+  Attributes:
+    trace: the trace that it holds in.
+    landed: the landed weights that have not reached `step` yet.
+    taken: a bool of a loss scale around the member that is called: whether the
+      step is taken; None without one.
+    gradient_scale: what that member's gradients are still to be multiplied by.
+    settled_arrays: results that are what they were where the step is not taken.
+  """
 
   trace: Any
   landed: "set[Landed]" = dataclasses.field(default_factory=set)
+  taken: jax.Array | None = None
+  gradient_scale: jax.Array | None = None
+  settled_arrays: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+  @contextlib.contextmanager
+  def unless_skipped(self, taken, gradient_scale):
+    """For the call of a loss scale's inner transformation."""
+    self.taken, self.gradient_scale = taken, gradient_scale
+    try:
+      yield
+    finally:
+      self.taken = self.gradient_scale = None
+
+  def settled(self, *trees):
+    """A member declares arrays as its work where the step is taken, else the old ones."""
+    self.settled_arrays |= {id(x): x for x in jax.tree.leaves(trees)}
+
+  def is_settled(self, x) -> bool:
+    """Whether a member has declared this very array."""
+    return id(x) in self.settled_arrays
 
 
 @contextlib.contextmanager

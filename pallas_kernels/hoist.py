@@ -79,6 +79,9 @@ def _inlined(jaxpr, consts, args):
       called = eqn.params["jaxpr"]
       results = _inlined(called.jaxpr, called.consts, [_read(env, x) for x in eqn.invars])
       env |= dict(zip(eqn.outvars, results, strict=True))
+    elif eqn.primitive is jax.lax.integer_pow_p and eqn.params["y"] in (1, 2):
+      x = _read(env, eqn.invars[0])  # Optax's g**1, which Mosaic GPU has no lowering for
+      env[eqn.outvars[0]] = x if eqn.params["y"] == 1 else x * x
     else:
       _evaluate(eqn, env)
   return [_read(env, x) for x in jaxpr.outvars]

@@ -10,7 +10,7 @@ after the kernel (slicing it off before would copy everything).
 
 from collections.abc import Callable, Sequence
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 from jax.experimental import pallas as pl
@@ -31,6 +31,12 @@ def _layout(vector: int):
 
 
 MAX_SIZE = 2**31 - 1  # a program's first element is an int32
+
+
+def check_name(implementation):
+  """Raises a ValueError for what is no implementation."""
+  if implementation not in (None, *get_args(Implementation)):
+    raise ValueError(f'implementation is None, "xla" or "mosaic_gpu"; got {implementation!r}.')
 
 
 def resolve(
@@ -54,10 +60,9 @@ def resolve(
   Raises:
     ValueError: for another name, or where the kernel cannot run.
   """
+  check_name(implementation)
   if implementation in (None, "xla"):
     return "xla"
-  if implementation != "mosaic_gpu":
-    raise ValueError(f'implementation is None, "xla" or "mosaic_gpu"; got {implementation!r}.')
   if residual_bits not in (0, 8, 16):
     raise ValueError(
       '"mosaic_gpu" takes residuals of 0, 8 or 16 bits, which need no packing; got'

@@ -1,0 +1,174 @@
+"""The in-place path of adamw, adam, lion and sgd: a leaf's step in one operation.
+
+The state is that of `delta_bits(quantize_state(optax.X))`, which also does what
+this path does not: `tx.update`, and statistics that Optax stores in its own way
+(`mu_dtype`). The mathematics is Optax's, too: `optax.X.update` of one bare
+array is the rule that `pallas_kernels.fused_update` applies to a leaf, or a
+kernel to a tile of it.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem import _session, _tree
+from optax_lowmem._delta_bits import Weights, _check_residuals, _streams, delta_bits
+from optax_lowmem._quantize_state import owner, quantize
+from pallas_kernels import launch
+from pallas_kernels.fused_update import fused_update_stream
+from pallas_kernels.state_formats import Blocks, StateFormat
+
+
+class _Place(NamedTuple):
+  """What a leaf of the optimizer's state is.
+
+  Attributes:
+    path: where it stands in the state of one bare array (of another parameter
+      and without a weight format: where it stands).
+    parameter: the name of the parameter with a weight format whose statistic
+      it is, or None.
+    format: the statistic's.
+  """
+
+  path: tuple
+  parameter: str | None = None
+  format: StateFormat = StateFormat("fp32")
+
+
+def fused(
+  make: Callable[[Any], optax.GradientTransformation],
+  mask,
+  weights: Weights,
+  formats: dict[str, str | None],
+  key,
+  implementation: launch.Implementation | None,
+) -> optax.GradientTransformationExtraArgs:
+  """`delta_bits(quantize_state(make(mask)))` with a step of its own.
+
+  Args:
+    make: weight-decay mask (None, a tree of bools, one bool) -> Optax's
+      transformation, which is elementwise.
+    mask: None, a tree of bools or a prefix of it, or a callable of params.
+    weights: formats of the weights, as `delta_bits` takes them.
+    formats: formats of the statistics by field, as `quantize` takes them.
+    key: an integer seed or a `jax.random` key.
+    implementation: as `pallas_kernels.fused_update` takes it.
+
+  Returns:
+    The transformation.
+  """
+  launch.check_name(implementation)
+  composed = delta_bits(
+    quantize(make(mask), formats, "bf16", key, only_held=True), weights, key=key
+  )
+
+  # Under jit, so that leaves of one kind are traced once.
+  @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+  def leaf_step(decays, fmt, places, stored, statistics, scalars, stream, when, scale):
+    inner = make(decays)
+    struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(stored[1].shape, jnp.float32))
+    paths, others = [place.path for place in places], iter(scalars)
+    fixed = {path: next(others) for path, _ in _leaves(struct) if path not in paths}
+
+    def rule(g, w, values):
+      leaves = fixed | dict(zip(paths, values, strict=True))
+      state = jax.tree.unflatten(jax.tree.structure(struct), [leaves[p] for p, _ in _leaves(struct)])
+      update, state = inner.update(g if scale is None else g * scale, state, w)
+      leaves = dict(_leaves(state))
+      return update, [leaves[path] for path in paths]
+
+    formats = [place.format for place in places]
+    return fused_update_stream(rule, *stored, statistics, fmt, formats, stream, when, implementation)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    session = _session.current(_session.StepSession)
+    places = None if session is None else _places(state, params)
+    if session is None or places is None:
+      return composed.update(updates, state, params, **extra_args)
+    _tree.check_gradients(updates, params)
+    held, quantized = state.formats, state.inner_state
+    weights_by_name, gradients = _tree.named_leaves(params), _tree.named_leaves(updates)
+    residuals = _check_residuals(state.residuals, weights_by_name, held)
+    masks = mask(updates) if callable(mask) else mask
+    decays = {}
+    if masks is not None:  # perhaps a prefix
+      spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), masks, updates)
+      decays = _tree.named_leaves(spread)
+
+    # Counters, and leaves without a format, are left to Optax.
+    def rest(tree):
+      return _tree.map_named(lambda name, x: optax.MaskedNode() if held.get(name) else x, tree)
+
+    leaves, treedef = jax.tree.flatten(quantized.inner_state, is_leaf=_is_blocks)
+    kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
+    old_rest = treedef.unflatten(kept)
+    rest_updates, new_rest = make(masks).update(rest(updates), old_rest, rest(params))
+
+    one = make(None if mask is None else True)
+    fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
+    scalars = [x for path, x in _leaves(old_rest) if path in fixed]
+    step = state.step + 1
+    streams = _streams(state.key, step, held.by_name)
+    new_weights, new_residuals, new_statistics = {}, {}, {}
+    for name, fmt in held.table:
+      mine = {p: x for p, x in zip(places, leaves, strict=True) if p.parameter == name}
+      kinds = tuple(p._replace(parameter=None) for p in mine)
+      new_weights[name], new_residuals[name], statistics = leaf_step(
+        decays.get(name), fmt, kinds,
+        (gradients[name], weights_by_name[name], residuals.get(name)),
+        list(mine.values()), scalars, streams[name], session.taken, session.gradient_scale,
+      )  # fmt: skip
+      new_statistics |= zip(mine, statistics, strict=True)
+    if session.taken is not None:
+      session.settled(new_weights, new_residuals, list(new_statistics.values()))
+
+    others, updates_by_name = iter(jax.tree.leaves(new_rest)), _tree.named_leaves(rest_updates)
+    new_leaves = [new_statistics[p] if p.parameter else next(others) for p in places]
+    landed = {name: _session.Landed(x, session) for name, x in new_weights.items()}
+    return _tree.map_named((updates_by_name | landed).get, updates), state._replace(
+      step=step,
+      residuals=_tree.map_named(lambda name, _: new_residuals.get(name), params),
+      inner_state=quantized._replace(
+        step=quantized.step + 1, inner_state=treedef.unflatten(new_leaves)
+      ),
+    )
+
+  update_fn.takes_gradient_scale = True  # type: ignore[attr-defined]
+  return optax.GradientTransformationExtraArgs(composed.init, update_fn)
+
+
+def _is_blocks(x) -> bool:
+  return isinstance(x, Blocks)
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _places(state, params) -> list[_Place] | None:
+  """What the leaves of inner's state are; None where the composed path has to do the step."""
+  if params is None:
+    return None
+  weights = dict(_leaves(params))
+  places = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    state.inner_state.inner_state, is_leaf=_is_blocks
+  ):
+    start = owner(path, weights)
+    weight = None if start is None else weights[path[start:]]
+    known = state.inner_state.formats.get(_tree.name_of(path))
+    is_statistic = known or (
+      weight is not None and jnp.shape(leaf) == weight.shape and _tree.is_inexact(leaf)
+    )
+    if not is_statistic or not state.formats.get(_tree.name_of(path[start:])):
+      places.append(_Place(path))
+    elif known is None and leaf.dtype != jnp.float32:
+      return None
+    else:
+      fmt = known.format if known else StateFormat("fp32")
+      places.append(_Place(path[:start], _tree.name_of(path[start:]), fmt))
+  return places
