@@ -19,7 +19,7 @@ from optax_lowmem import _session, _tree
 from optax_lowmem._delta_bits import Weights, _check_residuals, _streams, delta_bits
 from optax_lowmem._quantize_state import owner, quantize
 from pallas_kernels import launch
-from pallas_kernels.fused_update import fused_update_stream
+from pallas_kernels.fused_update import Leaf, fused_update_leaves, is_small
 from pallas_kernels.state_formats import Blocks, StateFormat
 
 
@@ -66,23 +66,22 @@ def fused(
     quantize(make(mask), formats, "bf16", key, only_held=True), weights, key=key
   )
 
-  # Under jit, so that leaves of one kind are traced once.
-  @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-  def leaf_step(decays, fmt, places, stored, statistics, scalars, stream, when, scale):
-    inner = make(decays)
-    struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(stored[1].shape, jnp.float32))
-    paths, others = [place.path for place in places], iter(scalars)
-    fixed = {path: next(others) for path, _ in _leaves(struct) if path not in paths}
+  # Under jit, so that groups of one kind are traced once.
+  @functools.partial(jax.jit, static_argnums=0)
+  def step_group(kind, leaves, scalars, taken, scale):
+    inner, paths = make(kind.decays), [path for path, _ in kind.statistics]
 
     def rule(g, w, values):
-      leaves = fixed | dict(zip(paths, values, strict=True))
-      state = jax.tree.unflatten(jax.tree.structure(struct), [leaves[p] for p, _ in _leaves(struct)])
+      struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
+      values, others = dict(zip(paths, values, strict=True)), iter(scalars)
+      state = [values[path] if path in values else next(others) for path, _ in _leaves(struct)]
+      state = jax.tree.unflatten(jax.tree.structure(struct), state)
       update, state = inner.update(g if scale is None else g * scale, state, w)
-      leaves = dict(_leaves(state))
-      return update, [leaves[path] for path in paths]
+      new = dict(_leaves(state))
+      return update, [new[path] for path in paths]
 
-    formats = [place.format for place in places]
-    return fused_update_stream(rule, *stored, statistics, fmt, formats, stream, when, implementation)
+    formats = [fmt for _, fmt in kind.statistics]
+    return fused_update_leaves(rule, leaves, kind.weight, formats, taken, implementation)
 
   def update_fn(updates, state, params=None, **extra_args):
     session = _session.current(_session.StepSession)
@@ -113,16 +112,26 @@ def fused(
     scalars = [x for path, x in _leaves(old_rest) if path in fixed]
     step = state.step + 1
     streams = _streams(state.key, step, held.by_name)
+    stored: dict[str, dict] = {name: {} for name in held.by_name}
+    for place, leaf in zip(places, leaves, strict=True):
+      if place.parameter:
+        stored[place.parameter][place] = leaf
+
+    def operands(name) -> Leaf:
+      parts = gradients[name], weights_by_name[name], residuals.get(name)
+      return Leaf(*parts, list(stored[name].values()), streams[name])
+
+    def kind_of(name) -> _Kind:
+      kinds = tuple((place.path, place.format) for place in stored[name])
+      return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(gradients[name].dtype))
+
     new_weights, new_residuals, new_statistics = {}, {}, {}
-    for name, fmt in held.table:
-      mine = {p: x for p, x in zip(places, leaves, strict=True) if p.parameter == name}
-      kinds = tuple(p._replace(parameter=None) for p in mine)
-      new_weights[name], new_residuals[name], statistics = leaf_step(
-        decays.get(name), fmt, kinds,
-        (gradients[name], weights_by_name[name], residuals.get(name)),
-        list(mine.values()), scalars, streams[name], session.taken, session.gradient_scale,
-      )  # fmt: skip
-      new_statistics |= zip(mine, statistics, strict=True)
+    for kind, names in _groups(weights_by_name, {name: kind_of(name) for name in held.by_name}):
+      group = list(map(operands, names))
+      results = step_group(kind, group, scalars, session.taken, session.gradient_scale)
+      for name, (low, residual, statistics) in zip(names, results, strict=True):
+        new_weights[name], new_residuals[name] = low, residual
+        new_statistics |= zip(stored[name], statistics, strict=True)
     if session.taken is not None:
       session.settled(new_weights, new_residuals, list(new_statistics.values()))
 
@@ -139,6 +148,40 @@ def fused(
 
   update_fn.takes_gradient_scale = True  # type: ignore[attr-defined]
   return optax.GradientTransformationExtraArgs(composed.init, update_fn)
+
+
+class _Kind(NamedTuple):
+  """What leaves have in common that can be stepped in one kernel: static.
+
+  Attributes:
+    decays: the weight-decay mask of them, None without one.
+    weight: the weights' format.
+    statistics: (path, format) of the statistics, as in `_Place`.
+    gradient: the gradients' dtype.
+  """
+
+  decays: bool | None
+  weight: Any
+  statistics: tuple
+  gradient: Any
+
+
+MOST_IN_A_KERNEL = 16
+
+
+def _groups(weights, kinds: dict[str, _Kind]):
+  """(kind, names) of the leaves that are stepped together: small ones, some at a time."""
+  small: dict[_Kind, list[str]] = {}
+  for name, kind in kinds.items():
+    if is_small(weights[name].shape):
+      small.setdefault(kind, []).append(name)
+    else:
+      yield kind, [name]
+  for kind, names in small.items():
+    # Of one shape, if possible: a group that occurs again is not traced again.
+    names.sort(key=lambda name: weights[name].shape)
+    for i in range(0, len(names), MOST_IN_A_KERNEL):
+      yield kind, names[i : i + MOST_IN_A_KERNEL]
 
 
 def _is_blocks(x) -> bool:

@@ -10,7 +10,7 @@ between them; the kernel holds a tile of blocks in registers and makes one.
 from collections.abc import Callable, Sequence
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,7 @@ from pallas_kernels import arithmetic, checks, launch, packing, state_formats
 from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.hoist import hoist
-from pallas_kernels.random_bits import (
-  element_bits,
-  element_index,
-  key_words,
-  statistic_bits,
-  stream_keys,
-)
+from pallas_kernels.random_bits import key_words, random_bits, statistic_bits, stream_keys
 from pallas_kernels.state_formats import Blocks, StateFormat
 
 Rule = Callable[[jax.Array, jax.Array, list[jax.Array]], tuple[jax.Array, list[jax.Array]]]
@@ -59,10 +53,9 @@ def fused_update(
       its stream, each pair of statistics by the halves of a further lane.
     when: a bool; where it is False nothing changes, bit for bit.
     implementation: "xla"; "mosaic_gpu" (residuals of 0, 8 or 16 bits,
-      statistics in "bf16", "fp16" or "int8"; rows that end in a short block
-      and what is left of a leaf after tiles of 1,024 elements are XLA's); or
-      None, which takes the kernel on one GPU from Hopper on if a statistic
-      has block scales, and XLA elsewhere.
+      statistics in "bf16", "fp16" or "int8"; a leaf whose rows end in a short
+      block is XLA's); or None, which takes the kernel on one GPU from Hopper
+      on if a statistic has block scales, and XLA elsewhere.
 
   Returns:
     The new (low, delta, statistics).
@@ -82,39 +75,38 @@ def fused_update(
     section 3.1; [8-bit Optimizers via Block-wise
     Quantization](https://arxiv.org/abs/2110.02861)
   """
-  stream = stream_keys(key_words(key))[0]
+  leaf = Leaf(gradient, low, delta, list(statistics), stream_keys(key_words(key))[0])
   fmt = DeltaFormat.parse(fmt)
-  leaf = (gradient, low, delta, list(statistics))
-  return fused_update_stream(rule, *leaf, fmt, statistic_formats, stream, when, implementation)
+  return fused_update_leaves(rule, [leaf], fmt, statistic_formats, when, implementation)[0]
 
 
-def fused_update_stream(
-  rule: Rule, gradient, low, delta, statistics, fmt: DeltaFormat, statistic_formats, stream, when,
+def fused_update_leaves(
+  rule: Rule, leaves: Sequence["Leaf"], fmt: DeltaFormat, statistic_formats, when,
   implementation: launch.Implementation | None,
-):  # fmt: skip
-  """`fused_update` with a stream's words (`stream_keys`) in the place of a key."""
-  _check(gradient, low, delta, statistics, fmt, statistic_formats)
+) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
+  """`fused_update` of leaves with the same rule and formats, as one kernel where it is one."""
+  for leaf in leaves:
+    _check(leaf, fmt, statistic_formats)
   formats = (fmt, tuple(statistic_formats))
-  operands = (gradient, low, delta, statistics, stream, when)
-  reason = _unfit(fmt, statistic_formats)
+  leaves, reason = list(leaves), _unfit(fmt, statistic_formats)
   if implementation is not None:
+    low = leaves[0].low
     implementation = launch.resolve(implementation, low, residual_bits=fmt.residual_bits)
-  main = _main_blocks(low.shape)
   if implementation == "mosaic_gpu" and reason:
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
-  if implementation == "mosaic_gpu" and main:
-    scalars, rules = _hoisted(rule, low.size // launch.BLOCK - main, len(statistics))
-    return _kernel(rules, formats, scalars, *operands)
+  takes = not reason and all(launch.takes_blocks(leaf.low.shape) for leaf in leaves)
+  if implementation == "mosaic_gpu" and takes:
+    return _kernel(*_hoisted(rule, formats, leaves), formats, leaves, when)
   has_scales = any(f.has_scale for f in statistic_formats)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
-  is_narrow = gradient.dtype.itemsize <= low.dtype.itemsize
-  if implementation or reason or not (has_scales and is_narrow and main):
-    return _xla(rule, formats, *operands)
+  is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
+  whole = functools.partial(_xla_leaves, rule, formats)
+  if implementation or not (takes and has_scales and is_narrow):
+    return whole(leaves, when)
   # The rule may close over tracers, a program for a device may not.
-  whole = functools.partial(_xla, rule, formats)
-  closed, result = jax.make_jaxpr(whole, return_shape=True)(*operands)
-  scalars, rules = _hoisted(rule, low.size // launch.BLOCK - main, len(statistics))
+  closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when)
+  scalars, rules = _hoisted(rule, formats, leaves)
 
   def any_device(consts, scalars, *operands):
     del scalars
@@ -123,12 +115,41 @@ def fused_update_stream(
 
   def kernel(consts, scalars, *operands):
     del consts
-    return _kernel(rules, formats, scalars, *operands)
+    return _kernel(scalars, rules, formats, *operands)
 
-  return by_device({"any": any_device, "mosaic_gpu": kernel}, closed.consts, scalars, *operands)
+  programs = {"any": any_device, "mosaic_gpu": kernel}
+  return by_device(programs, closed.consts, scalars, leaves, when)
 
 
-def _check(gradient, low, delta, statistics, fmt, statistic_formats):
+def is_small(shape: tuple[int, ...]) -> bool:
+  """Whether a leaf is better stepped in one kernel with others.
+
+  A launch takes an H100 about as long as 8 MB of memory traffic; a step moves
+  12 bytes a value.
+  """
+  return launch.takes_blocks(shape) and math.prod(shape) < 1 << 18
+
+
+class Leaf(NamedTuple):
+  """A weight and what belongs to it; see `fused_update`'s arguments.
+
+  Attributes:
+    gradient: any real float dtype, [...].
+    low: the weight.
+    delta: its residual, or None.
+    statistics: as they are stored.
+    stream: uint32 [2], the words of its random stream (`stream_keys`).
+  """
+
+  gradient: jax.Array
+  low: jax.Array
+  delta: jax.Array | None
+  statistics: list[Any]
+  stream: jax.Array
+
+
+def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats):
+  gradient, low, delta, statistics, _ = leaf
   checks.residual(low, delta, fmt)
   if gradient.shape != low.shape:
     raise ValueError(f"The gradient has the weight's shape {low.shape}; got {gradient.shape}.")
@@ -156,20 +177,16 @@ def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
   return ""
 
 
-def _main_blocks(shape: tuple[int, ...]) -> int:
-  """How many blocks the kernel takes: whole tiles, and none where rows end in a short block."""
-  n = math.prod(shape)
-  is_even = bool(shape) and shape[-1] % launch.BLOCK == 0
-  return n // launch.TILE * launch.ROWS if is_even and n <= launch.MAX_SIZE else 0
+def _xla_leaves(rule, formats, leaves, when):
+  """The step as an XLA program; leaves of one shape are traced once."""
+  xla = jax.jit(functools.partial(_xla, rule, formats))
+  return [xla(leaf, when) for leaf in leaves]
 
 
-def _xla(
-  rule, formats, gradient, low, delta, statistics, stream, when, place=None
-) -> tuple[jax.Array, jax.Array | None, list[Any]]:
-  """The step as an XLA program; place is `element_index` where the leaf is part of another."""
+def _xla(rule, formats, leaf: Leaf, when):
+  gradient, low, delta, statistics, stream = leaf
   fmt, statistic_formats = formats
-  low_index, high_index = element_index(low.shape) if place is None else place
-  bits = lambda lane: element_bits((stream[0], stream[1]), low_index, high_index, lane)
+  bits = functools.partial(random_bits, stream, low.shape)
   gradient = _as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = arithmetic.merge_values(low, wide, fmt)
@@ -207,84 +224,62 @@ def _as_float32(x):
   return arithmetic.widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
 
 
-def _hoisted(rule, rest: int, count: int):
-  """The rule's scalars, and the rule without them: for tiles, and for `rest` blocks."""
-  structs = [
-    jax.ShapeDtypeStruct((blocks, launch.BLOCK), jnp.float32)
-    for blocks in ([launch.ROWS, rest] if rest else [launch.ROWS])
-  ]
-  scalars, rules = zip(*(hoist(rule, (x, x, [x] * count)) for x in structs), strict=True)
-  return scalars[0], rules
+def _hoisted(rule, formats, leaves):
+  """The rule's scalars, and the rule without them by the number of blocks in a tile."""
+  rows = launch.tile_rows([leaf.low.shape for leaf in leaves])
+  structs = [jax.ShapeDtypeStruct((n, launch.BLOCK), jnp.float32) for n in rows]
+  scalars, rules = zip(*(hoist(rule, (x, x, [x] * len(formats[1]))) for x in structs), strict=True)
+  return scalars[0], dict(zip(rows, rules, strict=True))
 
 
-def _kernel(
-  rules, formats, scalars, gradient, low, delta, statistics, stream, when
-) -> tuple[jax.Array, jax.Array | None, list[Any]]:
-  """The step as a Mosaic GPU kernel, and as an XLA program on what it leaves."""
+def _kernel(scalars, rules, formats, leaves: Sequence[Leaf], when):
+  """The step as a Mosaic GPU kernel."""
   fmt, statistic_formats = formats
-  main = _main_blocks(low.shape)
-  has_scale = [f.has_scale for f in statistic_formats]
-  codes = [x.codes if isinstance(x, Blocks) else x for x in statistics]
-  values = [low, *([] if delta is None else [delta]), *codes]
-  scales = [x.scale for x in statistics if isinstance(x, Blocks)]
-  first = len(values) - len(codes)
 
   def tile(bits, scalars, reads_T, values_T, scales_K):
-    (gradient_T,) = reads_T
-    low_T = values_T[0]
-    delta_T = None if delta is None else values_T[1].astype(jnp.int32)
-    scales_K = iter(scales_K)
+    (gradient_T,), (low_T, *rest_T), scales_K = reads_T, values_T, iter(scales_K)
+    delta_T = rest_T.pop(0).astype(jnp.int32) if fmt.residual_bits else None
     master_T = arithmetic.merge_values(low_T, delta_T, fmt)
     old_T = [
       state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
-      for x_T, f in zip(values_T[first:], statistic_formats, strict=True)
+      for x_T, f in zip(rest_T, statistic_formats, strict=True)
     ]
-    update_T, new_T = rules[0](scalars, _as_float32(gradient_T), master_T, old_T)
+    update_T, new_T = rules[len(low_T)](scalars, _as_float32(gradient_T), master_T, old_T)
     low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
-    written = [low_T] if delta is None else [low_T, delta_T.astype(delta.dtype)]
-    new_scales = []
+    values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(values_T[1].dtype)]
+    new_scales_K = []
     for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
       codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i))
-      written.append(codes_T)
-      new_scales += [scale_K] if f.has_scale else []
-    return written, new_scales
+      values_T.append(codes_T)
+      new_scales_K += [scale_K] if f.has_scale else []
+    return values_T, new_scales_K
 
-  in_blocks = lambda x: x.reshape(-1, launch.BLOCK)
-  gradient = in_blocks(gradient)
-  refs = [jax.new_ref(in_blocks(x)) for x in values]
-  scale_refs = [jax.new_ref(x.reshape(-1)) for x in scales]
-  launch.blockwise(
-    tile,
-    main // launch.ROWS,
-    key=stream,
-    scalars=scalars,
-    reads=[gradient],
-    refs=refs,
-    scale_refs=scale_refs,
-    when=when,
-  )
+  def operands(leaf: Leaf) -> launch.BlockLeaf:
+    blocks = lambda x: x.reshape(-1, launch.BLOCK)
+    values = [x for x in (leaf.low, leaf.delta) if x is not None]
+    values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
+    scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
+    refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
+    return launch.BlockLeaf(leaf.stream, [blocks(leaf.gradient)], refs, scale_refs)
 
-  def leaf(values, scales):
-    scales = iter(scales)
-    stored = [
-      Blocks(x, next(scales)) if has else x for x, has in zip(values[first:], has_scale, strict=True)
-    ]
-    return values[0], None if delta is None else values[1], stored
+  block_leaves = [operands(leaf) for leaf in leaves]
+  launch.blockwise(tile, block_leaves, scalars, when)
+  return [_frozen(leaf, written) for leaf, written in zip(leaves, block_leaves, strict=True)]
 
-  if (rest := gradient.shape[0] - main) > 0:
-    end = slice(main, None)
-    row, column = (jax.lax.broadcasted_iota(jnp.uint32, (rest, launch.BLOCK), i) for i in (0, 1))
-    place = (row + jnp.uint32(main)) * jnp.uint32(launch.BLOCK) + column, 0
-    old = leaf([ref[end] for ref in refs], [ref[end][:, None] for ref in scale_refs])
-    rest_rule = functools.partial(rules[1], scalars)
-    rest = _xla(rest_rule, formats, gradient[end], *old, stream, when, place)
-    new_values = [x for x in (rest[0], rest[1]) if x is not None]
-    new_values += [x.codes if isinstance(x, Blocks) else x for x in rest[2]]
-    for ref, x in zip(refs, new_values, strict=True):
-      ref[end] = x
-    for ref, x in zip(scale_refs, (x.scale for x in rest[2] if isinstance(x, Blocks)), strict=True):
-      ref[end] = x[:, 0]
-  return leaf(
-    [jax.freeze(ref).reshape(x.shape) for ref, x in zip(refs, values, strict=True)],
-    [jax.freeze(ref).reshape(x.shape) for ref, x in zip(scale_refs, scales, strict=True)],
-  )
+
+def _frozen(leaf: Leaf, written: launch.BlockLeaf):
+  """What the kernel wrote, in the shapes of the leaf."""
+  values, scales = iter(written.refs), iter(written.scale_refs)
+
+  def take(refs, x):
+    return jax.freeze(next(refs)).reshape(x.shape)
+
+  low = take(values, leaf.low)
+  delta = None if leaf.delta is None else take(values, leaf.delta)
+  statistics = [
+    Blocks(take(values, x.codes), take(scales, x.scale))
+    if isinstance(x, Blocks)
+    else take(values, x)
+    for x in leaf.statistics
+  ]
+  return low, delta, statistics

@@ -9,13 +9,15 @@ after the kernel (slicing it off before would copy everything).
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.random_bits import element_bits
 
@@ -167,93 +169,185 @@ def elementwise(
 
 
 BLOCK = 32  # neighbours with one scale
-ROWS = TILE // BLOCK
-# 8 neighbouring elements a lane, 8 blocks a warp: 16-byte accesses at 16 bits each, and the
-# maximum over a block is two shuffles between lanes.
-_BLOCKS = plgpu.Layout.TILED(
-  plgpu.Tiling(((ROWS, BLOCK), (ROWS // 4, BLOCK), (8,))),
-  warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1,
-)  # fmt: skip
-_A_BLOCK = _BLOCKS.reduce(1)
 _HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
+# Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
+_ROWS = (32, 16, 8, 4, 2, 1) if _HAS_STORE else (32,)
+
+
+def _block_layout(rows: int):
+  """A tile of whole blocks over 128 threads: a maximum over a block stays within a warp.
+
+  Of 32 rows a lane has 8 neighbouring elements (16-byte accesses at 16 bits
+  each); below 4 rows, some warps do the same work.
+  """
+  if rows >= 8:
+    tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
+    warp_dims, lane_dims = (-5,), (-3, -2)
+  else:
+    tiling = plgpu.Tiling(((rows, BLOCK), (1,)))
+    warp_dims = {4: (-3,), 2: (-3, plgpu.Replicated(2)), 1: (plgpu.Replicated(4),)}[rows]
+    lane_dims = (-2,)
+  return plgpu.Layout.TILED(tiling, warp_dims=warp_dims, lane_dims=lane_dims, vector_dim=-1)
+
+
+def takes_blocks(shape: tuple[int, ...]) -> bool:
+  """Whether `blockwise` takes arrays of a shape: rows of whole blocks."""
+  n = math.prod(shape)
+  is_even = bool(shape) and shape[-1] % BLOCK == 0 and n % (_ROWS[-1] * BLOCK) == 0
+  return is_even and 0 < n <= MAX_SIZE
+
+
+class BlockLeaf(NamedTuple):
+  """The operands of `blockwise` that belong to one array.
+
+  Attributes:
+    key: uint32 [2], the stream's words.
+    reads: arrays of one shape that are only read, [blocks, 32].
+    refs: what is replaced, likewise, of at most 16 bits a value.
+    scale_refs: what is replaced, bfloat16 [blocks].
+  """
+
+  key: jax.Array
+  reads: list[jax.Array]
+  refs: list[jax.Ref]
+  scale_refs: list[jax.Ref]
 
 
 def blockwise(
   tile: Callable,
-  tiles: int,
-  *,
-  key: jax.Array,
+  leaves: Sequence[BlockLeaf],
   scalars: Sequence[jax.Array],
-  reads: Sequence[jax.Array],
-  refs: Sequence[jax.Ref],
-  scale_refs: Sequence[jax.Ref],
-  when: jax.Array | None = None,
+  when: jax.Array | None,
 ):
-  """Runs `tile` over blocks of 32 neighbours, as a kernel, in place.
+  """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
   Args:
     tile: `(bits, scalars, reads, values, scales) -> (values, scales)`, on
-      lists of arrays: [32, 32] for 32 blocks, and [32] for their scales;
+      lists of arrays: [rows, 32] for some blocks, and [rows] for their scales;
       bits(lane) are the stream's (`element_bits`).
-    tiles: how many tiles of 1,024 elements there are.
-    key: uint32 [2], the stream's words.
+    leaves: the arrays.
     scalars: float32, what tile's scalars are.
-    reads: arrays [blocks, 32], of 32 * tiles blocks or more.
-    refs: what is replaced, likewise, of at most 16 bits a value.
-    scale_refs: what is replaced, bfloat16 [blocks].
-    when: where this is False nothing is written.
+    when: a bool: where it is False nothing is written; or None.
   """
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
+  groups = _groups([leaf.refs[0].shape[0] for leaf in leaves])
+  table = np.concatenate([group.table for group in groups])
+  tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
+  operands, treedef = jax.tree.flatten((numbers, flags, tables, list(leaves)))
 
-  def body(*operands):
-    operands = list(operands)
-    groups = ([key], numbers, flags, reads, refs, scale_refs)
-    taken = [[operands.pop(0) for _ in group] for group in groups]
-    (key_ref,), number_refs, flag_refs, read_refs, value_refs, block_refs = taken
-    start = jax.lax.axis_index("tile")
-    blocks = pl.ds(start * ROWS, ROWS)
+  def body(*refs):
+    number_refs, flag_refs, table_refs, leaf_refs = treedef.unflatten(refs[: len(operands)])
+    program = jax.lax.axis_index("tile")
+    numbers = [ref[i] for ref in number_refs for i in range(len(scalars))]
+    taken = [flag_refs[0][0] != 0] if flag_refs else []
+    first = 0
+    for group in groups:
 
-    def run():
-      def load(ref):
-        return plgpu.load(ref.at[blocks], layout=_BLOCKS, optimized=False)
+      def run(group=group, first=first):
+        mine = [leaf_refs[i] for i in group.leaves]
+        if len(mine) > 1:
+          place = table_refs[0][program, 0], table_refs[0][program, 1]
+        else:
+          place = None, (program - first) * group.rows + int(group.table[0, 1])
+        _run_tile(tile, group.rows, mine, *place, numbers, refs[len(operands) :])
 
-      row, column = (
-        plgpu.broadcasted_iota(jnp.uint32, (ROWS, BLOCK), axis, layout=_BLOCKS) for axis in (0, 1)
-      )
-      index = row * jnp.uint32(BLOCK) + column + (start * TILE).astype(jnp.uint32)
-      values, scales = tile(
-        lambda lane: element_bits((key_ref[0], key_ref[1]), index, lane=lane),
-        [ref[i] for ref in number_refs for i in range(len(scalars))],
-        [load(ref) for ref in read_refs],
-        [load(ref) for ref in value_refs],
-        [plgpu.load(ref.at[blocks], layout=_A_BLOCK, optimized=False) for ref in block_refs],
-      )
-      for ref, value in zip(value_refs, values, strict=True):
-        ref[blocks] = value
-      # 8 scales of 16 bits a warp: no store that counts as optimized.
-      if _HAS_STORE:
-        for ref, scale in zip(block_refs, scales, strict=True):
-          plgpu.store(ref.at[blocks], scale, optimized=False)
-        return
-      for ref, shared, scale in zip(block_refs, operands, scales, strict=True):
-        shared[...] = scale
-      plgpu.commit_smem()
-      for ref, shared in zip(block_refs, operands, strict=True):
-        plgpu.copy_smem_to_gmem(shared, ref.at[blocks])
-      plgpu.wait_smem_to_gmem(0)
+      last = first + len(group.table)
+      conditions = taken + ([(program >= first) & (program < last)] if len(groups) > 1 else [])
+      if conditions:
+        pl.when(functools.reduce(jnp.logical_and, conditions))(run)
+      else:
+        run()
+      first = last
 
-    if flag_refs:
-      pl.when(flag_refs[0][0] != 0)(run)
-    else:
-      run()
-
-  shared = [] if _HAS_STORE else [plgpu.SMEM((ROWS,), jnp.bfloat16) for _ in scale_refs]
+  most_scales = max(len(leaf.scale_refs) for leaf in leaves)
   plgpu.kernel(
     body,
-    grid=(tiles,),
+    grid=(len(table),),
     grid_names=("tile",),
-    scratch_types=shared,
-    # Every thread writes what it alone has read (a warp, of the scales): nothing to wait for.
-    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-  )(key, *numbers, *flags, *reads, *refs, *scale_refs)
+    scratch_types=[] if _HAS_STORE else [plgpu.SMEM((_ROWS[0],), jnp.bfloat16)] * most_scales,
+    # From 4 rows on, every thread writes what it alone has read (a warp, of the scales).
+    compiler_params=plgpu.CompilerParams(
+      unsafe_no_auto_barriers=min(group.rows for group in groups) >= 4
+    ),
+  )(*operands)
+
+
+class _Group(NamedTuple):
+  """The tiles of one size.
+
+  Attributes:
+    rows: how many blocks they have.
+    leaves: the arrays that have such tiles.
+    table: int32 [tiles, 2]: each tile's place in leaves, and its first block.
+  """
+
+  rows: int
+  leaves: list[int]
+  table: np.ndarray
+
+
+def _groups(blocks: Sequence[int]) -> list[_Group]:
+  """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
+  groups, done = [], [0] * len(blocks)
+  for rows in _ROWS:
+    leaves, table = [], []
+    for i, n in enumerate(blocks):
+      if n - done[i] >= rows:
+        starts = range(done[i], n - rows + 1, rows)
+        table += [(len(leaves), start) for start in starts]
+        leaves.append(i)
+        done[i] += len(starts) * rows
+    if table:
+      groups.append(_Group(rows, leaves, np.array(table, np.int32)))
+  return groups
+
+
+def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+  """How many blocks the tiles have that `blockwise` walks arrays of these shapes in."""
+  return [group.rows for group in _groups([math.prod(shape) // BLOCK for shape in shapes])]
+
+
+def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, scalars, shared_refs):
+  """One tile, in a kernel: of the only array, or of number `which`."""
+  layout, blocks = _block_layout(rows), pl.ds(start, rows)
+
+  def load(leaf: BlockLeaf):
+    def array(ref, layout=layout):
+      return plgpu.load(ref.at[blocks], layout=layout, optimized=False)
+
+    return (
+      (leaf.key[0], leaf.key[1]),
+      [array(ref) for ref in leaf.reads],
+      [array(ref) for ref in leaf.refs],
+      [array(ref, layout.reduce(1)) for ref in leaf.scale_refs],
+    )
+
+  def store(leaf: BlockLeaf, values, scales):
+    for ref, value in zip(leaf.refs, values, strict=True):
+      if rows == _ROWS[0]:
+        ref[blocks] = value
+      else:  # too narrow for stores that count as optimized
+        plgpu.store(ref.at[blocks], value, optimized=False)
+    if _HAS_STORE:
+      for ref, scale in zip(leaf.scale_refs, scales, strict=True):
+        plgpu.store(ref.at[blocks], scale, optimized=False)
+      return
+    for shared, scale in zip(shared_refs, scales, strict=True):
+      shared[...] = scale
+    plgpu.commit_smem()
+    for ref, shared in zip(leaf.scale_refs, shared_refs, strict=True):
+      plgpu.copy_smem_to_gmem(shared, ref.at[blocks])
+    plgpu.wait_smem_to_gmem(0)
+
+  def choose(f, *args):
+    branches = [functools.partial(f, leaf) for leaf in leaves]
+    return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
+
+  words, reads, values, scales = choose(load)
+  row, column = (
+    plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
+  )
+  index = (row + start.astype(jnp.uint32)) * jnp.uint32(BLOCK) + column
+  bits = lambda lane: element_bits(words, index, lane=lane)
+  choose(store, *tile(bits, scalars, reads, values, scales))
