@@ -50,15 +50,19 @@ def _round_off(code, shift, rounding: Rounding, bits):
   """`code / 2**shift` rounded to an integer; shift is 0 to 31, scalar or array."""
   if isinstance(shift, int) and shift == 0:
     return code
+  if rounding == "stochastic":
+    # `shift` uniform bits carry into the floor as often as the rest is larger than others. They
+    # are taken off the top, in two steps where a shift by 32, which is undefined, could occur.
+    if isinstance(shift, int):
+      uniform = ~bits >> _U32(32 - shift)
+    else:
+      uniform = (~bits >> _U32(1)) >> (_U32(31) - shift)
+    return (code + uniform) >> _U32(shift)
   shift = _U32(shift) if isinstance(shift, int) else shift
   floor = code >> shift
   if rounding == "truncate":
     return floor
   rest = code & ((_U32(1) << shift) - _U32(1))
-  if rounding == "stochastic":
-    # `shift` uniform bits; taken off the top in two steps because a shift by 32 is undefined.
-    threshold = (bits >> _U32(1)) >> (_U32(31) - shift)
-    return floor + (threshold < rest).astype(_U32)
   # Twice the rest against 2**shift, ties to even: the odd floor tips a tie.
   return floor + ((rest << _U32(1)) + (floor & _U32(1)) > (_U32(1) << shift)).astype(_U32)
 
@@ -184,21 +188,37 @@ def merge_values(low, delta, fmt: DeltaFormat):
     float32 of low's shape.
   """
   grid, k = fmt.grid, fmt.extra_bits
+  if grid.bias == F32_BIAS:
+    return _merge_bfloat16(low, delta, k)
   sign, fine = _fine_code(low, delta, k)
   drop = F32_MANTISSA - grid.mantissa_bits - k
   magnitude = fine << _U32(drop) if drop >= 0 else fine >> _U32(-drop)
-  if grid.bias != F32_BIAS:
-    # An exact product: at most 24 significant bits times a power of two.
-    ulp = 2.0 ** (1 - grid.bias - grid.mantissa_bits - k)
-    subnormal = bits_of(fine.astype(_I32).astype(jnp.float32) * jnp.float32(ulp))
-    magnitude = jnp.where(
-      fine < _U32(1 << (grid.mantissa_bits + k)),
-      subnormal,
-      magnitude + _U32((F32_BIAS - grid.bias) << F32_MANTISSA),
-    )
+  # An exact product: at most 24 significant bits times a power of two.
+  ulp = 2.0 ** (1 - grid.bias - grid.mantissa_bits - k)
+  subnormal = bits_of(fine.astype(_I32).astype(jnp.float32) * jnp.float32(ulp))
+  magnitude = jnp.where(
+    fine < _U32(1 << (grid.mantissa_bits + k)),
+    subnormal,
+    magnitude + _U32((F32_BIAS - grid.bias) << F32_MANTISSA),
+  )
   code = low_bits_of(low) & _U32(0x7FFF)
   special = (code << _U32(F32_MANTISSA - grid.mantissa_bits)) | _U32(F32_INF)
   return float_of(jnp.where(_is_special(code, fmt), special, magnitude) | (sign << _U32(31)))
+
+
+def _merge_bfloat16(low, delta, k: int):
+  """`merge_values` of bfloat16, which is float32's upper half: the residual is added to the bits."""
+  bits = low_bits_of(low) << _U32(16)
+  if delta is None or k == 0:
+    return float_of(bits)
+  moved = delta.astype(_U32) << _U32(16 - k)
+  from_zero = jnp.where(delta < _I32(0), (_U32(0) - moved) | _U32(0x80000000), moved)
+  takes_sign = ((bits << _U32(1)) == _U32(0)) & (delta != _I32(0))
+  value = jnp.where(takes_sign, from_zero, bits + moved)
+  magnitude = bits & _U32(0x7FFFFFFF)
+  # Infinity may stand for a finite value just below it at 16 bits; NaN has no residual.
+  is_special = magnitude > _U32(F32_INF) if k == 16 else magnitude >= _U32(F32_INF)
+  return float_of(jnp.where(is_special, bits, value))
 
 
 def apply_values(low, delta, update, fmt: DeltaFormat, bits):

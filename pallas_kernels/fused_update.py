@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arithmetic, checks, launch, packing, state_formats
+from pallas_kernels import arithmetic, checks, chunked, launch, packing, state_formats
 from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.hoist import hoist
@@ -94,31 +94,41 @@ def fused_update_leaves(
     implementation = launch.resolve(implementation, low, residual_bits=fmt.residual_bits)
   if implementation == "mosaic_gpu" and reason:
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
-  takes = not reason and all(launch.takes_blocks(leaf.low.shape) for leaf in leaves)
-  if implementation == "mosaic_gpu" and takes:
-    return _kernel(*_hoisted(rule, formats, leaves), formats, leaves, when)
-  has_scales = any(f.has_scale for f in statistic_formats)
+  shapes = [leaf.low.shape for leaf in leaves]
+  takes_kernel = not reason and all(map(launch.takes_blocks, shapes))
+  if implementation == "mosaic_gpu" and takes_kernel:
+    scalars, rules = _hoisted(rule, formats, launch.tile_rows(shapes))
+    return _kernel(rules, formats, scalars, leaves, when)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
+  has_scales = any(f.has_scale for f in statistic_formats)
+  # A program for a device closes over no tracer, as the rule may.
   whole = functools.partial(_xla_leaves, rule, formats)
-  if implementation or not (takes and has_scales and is_narrow):
-    return whole(leaves, when)
-  # The rule may close over tracers, a program for a device may not.
   closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when)
-  scalars, rules = _hoisted(rule, formats, leaves)
-
-  def any_device(consts, scalars, *operands):
-    del scalars
-    flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(operands))
-    return jax.tree.unflatten(jax.tree.structure(result), flat)
-
-  def kernel(consts, scalars, *operands):
-    del consts
-    return _kernel(scalars, rules, formats, *operands)
-
-  programs = {"any": any_device, "mosaic_gpu": kernel}
+  programs, scalars = {"any": functools.partial(_evaluated, closed.jaxpr, result)}, []
+  if all(chunked.takes(shape, fmt) for shape in shapes):
+    scalars, rules = _hoisted(rule, formats, sorted({n for x in shapes for n in chunked.sizes(x)}))
+    programs["cpu"] = functools.partial(_chunked, rules, formats)
+  if implementation is None and takes_kernel and is_narrow and has_scales:
+    scalars, rules = _hoisted(rule, formats, launch.tile_rows(shapes))
+    programs["mosaic_gpu"] = functools.partial(_kernel, rules, formats)
+  if len(programs) == 1:
+    return whole(leaves, when)
+  for kind in programs.keys() - {"any"}:
+    programs[kind] = functools.partial(_without_constants, programs[kind])
   return by_device(programs, closed.consts, scalars, leaves, when)
+
+
+def _evaluated(jaxpr, result, consts, scalars, *operands):
+  del scalars
+  flat = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(operands))
+  return jax.tree.unflatten(jax.tree.structure(result), flat)
+
+
+def _without_constants(program, consts, *operands):
+  del consts
+  return program(*operands)
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -224,15 +234,25 @@ def _as_float32(x):
   return arithmetic.widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
 
 
-def _hoisted(rule, formats, leaves):
-  """The rule's scalars, and the rule without them by the number of blocks in a tile."""
-  rows = launch.tile_rows([leaf.low.shape for leaf in leaves])
-  structs = [jax.ShapeDtypeStruct((n, launch.BLOCK), jnp.float32) for n in rows]
+def _hoisted(rule, formats, sizes: Sequence[int]):
+  """The rule's scalars, and the rule without them, by the number of blocks that it is called on."""
+  structs = [jax.ShapeDtypeStruct((n, launch.BLOCK), jnp.float32) for n in sizes]
   scalars, rules = zip(*(hoist(rule, (x, x, [x] * len(formats[1]))) for x in structs), strict=True)
-  return scalars[0], dict(zip(rows, rules, strict=True))
+  return scalars[0], dict(zip(sizes, rules, strict=True))
 
 
-def _kernel(scalars, rules, formats, leaves: Sequence[Leaf], when):
+def _bound(rules, scalars) -> Rule:
+  """The rule again, on arrays of some of the sizes."""
+  return lambda g, w, values: rules[len(g)](scalars, g, w, values)
+
+
+def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when):
+  """The step as an XLA program for one CPU."""
+  rule = _bound(rules, scalars)
+  return [chunked.step(rule, formats, *leaf, when) for leaf in leaves]
+
+
+def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
   """The step as a Mosaic GPU kernel."""
   fmt, statistic_formats = formats
 
@@ -244,7 +264,7 @@ def _kernel(scalars, rules, formats, leaves: Sequence[Leaf], when):
       state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
       for x_T, f in zip(rest_T, statistic_formats, strict=True)
     ]
-    update_T, new_T = rules[len(low_T)](scalars, _as_float32(gradient_T), master_T, old_T)
+    update_T, new_T = _bound(rules, scalars)(_as_float32(gradient_T), master_T, old_T)
     low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
     values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(values_T[1].dtype)]
     new_scales_K = []

@@ -1,0 +1,105 @@
+"""The step of a leaf on one CPU: chunk after chunk, each small enough to stay in the cache.
+
+XLA:CPU computes every result in a loop of its own and either repeats what they
+share or writes it to memory. Here what they share is computed once a chunk,
+behind an optimization barrier, which XLA:CPU keeps (XLA:GPU does not). The
+results of a chunk pass a last barrier together, before any of them is written:
+what reads the old state after the first write makes XLA copy all of it.
+`python -m benchmarks.step cpu` measures it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import arithmetic, state_formats
+from pallas_kernels.random_bits import element_bits, statistic_bits
+from pallas_kernels.state_formats import BLOCK, Blocks
+
+_U32 = jnp.uint32
+_keep = jax.lax.optimization_barrier
+CHUNK = 25_000  # blocks, 800,000 values; half and a quarter more are alike
+
+
+def takes(shape: tuple[int, ...], fmt) -> bool:
+  """Whether `step` takes a leaf: rows of whole blocks, a residual that needs no packing."""
+  is_even = bool(shape) and shape[-1] % BLOCK == 0
+  return is_even and 0 < math.prod(shape) < 1 << 32 and fmt.residual_bits in (0, 8, 16)
+
+
+def sizes(shape: tuple[int, ...]) -> list[int]:
+  """How many blocks the chunks of a leaf have."""
+  blocks = math.prod(shape) // BLOCK
+  if blocks < 2 * CHUNK:  # no loop
+    return [blocks]
+  return [CHUNK, blocks % CHUNK] if blocks % CHUNK else [CHUNK]
+
+
+def step(rule, formats, gradient, low, delta, statistics, stream, when):
+  """`fused_update`'s arguments and results; the rule closes over no array."""
+  state = (low, delta, statistics)
+  in_blocks = lambda x: x.reshape(-1, BLOCK) if x.size == low.size else x.reshape(-1)
+  flat, gradient = jax.tree.map(in_blocks, state), in_blocks(gradient)
+  blocks = gradient.shape[0]
+
+  def at(start, count: int, flat):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, count)
+    # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
+    row = jax.lax.broadcasted_iota(_U32, (count, 1), 0) + jnp.asarray(start).astype(_U32)
+    index = row * _U32(BLOCK) + jax.lax.broadcasted_iota(_U32, (count, BLOCK), 1)
+    new = _chunk(rule, formats, cut(gradient), *jax.tree.map(cut, flat), index, stream, when)
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), flat, new)
+
+  whole = blocks // CHUNK if blocks >= 2 * CHUNK else 0
+  if whole:
+    flat = jax.lax.fori_loop(0, whole, lambda i, flat: at(i * CHUNK, CHUNK, flat), flat)
+  if rest := blocks - whole * CHUNK:
+    flat = at(whole * CHUNK, rest, flat)
+  return jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
+
+
+def _chunk(rule, formats, gradient, low, delta, statistics, index, stream, when):
+  """The step of [blocks, 32] values; scales are [blocks]."""
+  fmt, statistic_formats = formats
+  bits = lambda lane: element_bits((stream[0], stream[1]), index, lane=lane)
+  is_half = gradient.dtype in (jnp.bfloat16, jnp.float16)
+  gradient = arithmetic.widen(gradient) if is_half else gradient.astype(jnp.float32)
+  wide = None if delta is None else delta.astype(jnp.int32)
+  master = arithmetic.merge_values(low, wide, fmt)
+  old = [
+    state_formats.dequantize_blocks(x.codes, x.scale, f) if f.has_scale
+    else state_formats.dequantize(x, f)
+    for x, f in zip(statistics, statistic_formats, strict=True)
+  ]  # fmt: skip
+  update, values = rule(gradient, master, old)
+  new_statistics = []
+  for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
+    draw = statistic_bits(bits, i)
+    if not f.has_scale:
+      new_statistics.append(state_formats.quantize(x, f, draw))
+      continue
+    x = _keep(jnp.sqrt(x) if f.is_square else x)
+    # As floats: XLA:CPU has a vectorized maximum of those.
+    largest = _keep(jnp.max(jnp.abs(x), axis=-1))
+    scale_code = state_formats.scale_code(state_formats.magnitude_bits(largest), f)
+    scale = _keep(arithmetic.low_of(scale_code, jnp.bfloat16))
+    new_statistics.append(Blocks(state_formats.encode(x, scale, f, draw), scale))
+  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
+  word, old_word = _word(new_low, new_wide), _word(low, wide)
+  if when is not None:
+    word, new_statistics = jax.tree.map(
+      lambda x, y: jnp.where(when, x, y), (word, new_statistics), (old_word, statistics)
+    )
+  word, new_statistics = _keep((word, new_statistics))
+  if delta is None:
+    return arithmetic.low_of(word, fmt.dtype), None, new_statistics
+  new_delta = (word & _U32(0xFFFF)).astype(jnp.uint16)
+  new_delta = jax.lax.bitcast_convert_type(new_delta, jnp.int16).astype(delta.dtype)
+  return arithmetic.low_of(word >> _U32(16), fmt.dtype), new_delta, new_statistics
+
+
+def _word(low, wide):
+  """Weight and residual in one word, so that one loop computes both."""
+  bits = arithmetic.low_bits_of(low)
+  return bits if wide is None else (bits << _U32(16)) | (wide.astype(_U32) & _U32(0xFFFF))
