@@ -243,7 +243,7 @@ def _hoisted(rule, formats, sizes: Sequence[int]):
 
 def _bound(rules, scalars) -> Rule:
   """The rule again, on arrays of some of the sizes."""
-  return lambda g, w, values: rules[len(g)](scalars, g, w, values)
+  return lambda g, w, values, **options: rules[len(g)](scalars, g, w, values, **options)
 
 
 def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when):

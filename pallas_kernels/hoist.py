@@ -57,7 +57,9 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     if not isinstance(var, Literal) and var in known:
       passed(used, var, known[var])
 
-  def rest(values, *args):
+  shared = {var for var in jaxpr.outvars[1:] if not isinstance(var, Literal)}
+
+  def rest(values, *args, keep=None):
     env = {var: values[i] for var, i in used.items()}
     env |= dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
     for eqn in kept:
@@ -66,6 +68,8 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
         env[eqn.outvars[0]] = _read(env, eqn.invars[0]) * values[inverted[divisor]]
       else:
         _evaluate(eqn, env)
+      if keep is not None:
+        env |= {var: keep(env[var]) for var in eqn.outvars if var in shared}
     return jax.tree.unflatten(jax.tree.structure(out), [_read(env, x) for x in jaxpr.outvars])
 
   return scalars, rest

@@ -221,28 +221,36 @@ def scale_code(magnitude, fmt: StateFormat):
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
   """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
   # A kernel divides once a block; nothing is divided where everything is zero.
-  top = {"fp16": 1.0, "int8": fmt.top * 65536.0 if fmt.is_square else fmt.top}[fmt.name]
+  top = 1.0 if fmt.name == "fp16" else fmt.top * (1 << 15 if fmt.is_square else 1)
   scale_KxB = _along(scale_K, x_KxB.shape)
   ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
     )
-  # Upwards with the probability that keeps the mean. Integers are truncated: Mosaic GPU has no
-  # floor.
-  uniform = (bits_KxB >> _U32(16)).astype(_I32)
-  if fmt.is_square:
-    c = ((ratio + jnp.float32(0.5)).astype(_I32) + uniform) >> _I32(16)
-    c = jnp.where(x_KxB > 0, jnp.maximum(c, _I32(1)), c)
-  else:  # between c**2 and (c + 1)**2
-    ratio = jnp.abs(ratio)
-    c = jnp.sqrt(ratio).astype(_I32)
-    floor = c.astype(jnp.float32)
-    uniform = uniform.astype(jnp.float32) * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
-    c = jnp.where(uniform * (2 * floor + 1) < ratio - floor * floor, c + _I32(1), c)
-  c = jnp.minimum(c, _I32(fmt.levels))
-  c = c if fmt.is_square else jnp.where(x_KxB < 0, -c, c)
-  return c.astype(fmt.dtype)
+  # Upwards with the probability that keeps the mean.
+  if fmt.is_square:  # 15 binary places and as many random bits
+    c = (_nearest(ratio) + (bits_KxB >> _U32(17))) >> _U32(15)
+    c = jnp.where(x_KxB > 0, jnp.maximum(c, _U32(1)), c)
+    return jnp.minimum(c, _U32(fmt.levels)).astype(fmt.dtype)
+  # Between c**2 and (c + 1)**2; of an exact square c may be one less, and is then always raised.
+  ratio = jnp.abs(ratio)
+  c = _nearest(jnp.maximum(jnp.sqrt(ratio) - jnp.float32(0.5), jnp.float32(0)))
+  floor = c.astype(_I32).astype(jnp.float32)
+  uniform = (bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32)
+  uniform = uniform * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
+  c = c + (uniform * (2 * floor + 1) < ratio - floor * floor).astype(_U32)
+  c = jnp.minimum(c, _U32(fmt.levels)).astype(_I32)
+  return jnp.where(x_KxB < 0, -c, c).astype(fmt.dtype)
+
+
+def _nearest(x):
+  """float32 from 0 to 2**23 - 1 -> the nearest integer, uint32.
+
+  Of 2**23 + x the lower bits are that. A conversion would clamp on both sides
+  first, and take a GPU as long as a root.
+  """
+  return arithmetic.bits_of(x + jnp.float32(2.0**23)) & _U32(0x7FFFFF)
 
 
 def decode(codes_KxB, scale_K, fmt: StateFormat):
