@@ -291,7 +291,7 @@ def _in_blocks(x):
     return x.reshape(*x.shape[:-1], min(n, 1), n)  # one short block
   if n % BLOCK:
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
-  return x.reshape(*x.shape[:-1], -1, BLOCK)
+  return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
 
 
 def _off_blocks(x_KxB, shape):

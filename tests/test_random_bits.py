@@ -22,6 +22,13 @@ def stream(use: str) -> np.ndarray:
   if use == "high elements":  # past 2**32 elements of a leaf
     k = rb.stream_keys(words)[0]
     return np.asarray(rb.element_bits((k[0], k[1]), jnp.arange(N, dtype=jnp.uint32), jnp.uint32(3)))
+  if use == "lanes":  # the bits for a weight and its statistics, one after the other
+    k = rb.stream_keys(words)[0]
+    return np.stack([rb.random_bits(k, (N // 4,), lane) for lane in range(4)], 1).reshape(-1)
+  if use == "statistics":  # 16 bits each
+    k = rb.stream_keys(words)[0]
+    each = [rb.statistic_bits(lambda lane: rb.random_bits(k, (N,), lane), i) for i in (0, 1)]
+    return np.asarray((each[0] & 0xFFFF0000) | (each[1] >> 16))
   n = jnp.arange(N // 4)
   few = jnp.arange(4, dtype=jnp.uint32)
   if use == "steps":
@@ -33,7 +40,7 @@ def stream(use: str) -> np.ndarray:
   return np.asarray(jax.vmap(lambda k: rb.element_bits((k[0], k[1]), few))(keys)).reshape(-1)
 
 
-USES = ["elements", "high elements", "steps", "leaves", "seeds"]
+USES = ["elements", "high elements", "lanes", "statistics", "steps", "leaves", "seeds"]
 
 
 @pytest.mark.parametrize("use", USES)

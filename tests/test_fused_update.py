@@ -1,0 +1,267 @@
+"""fused_update: kernel, chunks and plain XLA agree; what is skipped stays; what runs where."""
+
+import functools
+
+from conftest import assert_trees_equal
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_lowmem as lowmem
+import pallas_kernels
+from pallas_kernels import chunked, fused_update, launch, state_formats
+from pallas_kernels.by_device import by_device
+from pallas_kernels.fused_update import Leaf, _xla, fused_update_leaves
+from pallas_kernels.hoist import hoist
+from pallas_kernels.random_bits import key_words, random_bits, stream_keys
+from pallas_kernels.state_formats import Blocks, StateFormat
+
+HAS_STORE = hasattr(plgpu, "store")
+INT8 = (StateFormat("int8"), StateFormat("int8", is_square=True))
+STATISTICS = {
+  "int8": INT8,
+  "bf16": (StateFormat("bf16"), StateFormat("bf16", is_square=True)),
+  "fp16": (StateFormat("fp16"), StateFormat("fp16", is_square=True)),
+  "mixed": (StateFormat("bf16"), StateFormat("int8", is_square=True)),
+}
+
+
+def adam(g, w, values):
+  m, v = values
+  m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * (g * g)
+  return -1e-2 * (m / (jnp.sqrt(v) + 1e-8) + 0.01 * w), [m, v]
+
+
+def make_leaf(shape, fmt="bf16+8", statistic_formats=INT8, seed=0, dtype=None) -> Leaf:
+  fmt = lowmem.DeltaFormat.parse(fmt)
+  keys = jax.random.split(jax.random.key(seed), 4)
+  w, g, m, v = (jax.random.normal(key, shape) for key in keys)
+  low, delta = pallas_kernels.split(0.02 * w, fmt, key=seed)
+  stream = stream_keys(key_words(seed))[0]
+  bits = random_bits(stream, shape, 3)
+  stored = [
+    state_formats.quantize(x, f, bits)
+    for x, f in zip((0.1 * m, v * v), statistic_formats, strict=True)
+  ]
+  return Leaf(g.astype(dtype or fmt.dtype), low, delta, stored, stream)
+
+
+def step(leaves, implementation, fmt="bf16+8", statistic_formats=INT8, when=None, rule=adam):
+  fmt = lowmem.DeltaFormat.parse(fmt)
+  call = functools.partial(
+    fused_update_leaves, rule, leaves, fmt, statistic_formats, when, implementation
+  )
+  if implementation != "mosaic_gpu":
+    return call()
+  with plgpu.force_gpu_interpret_mode():
+    return call()
+
+
+def plain(leaf: Leaf, fmt="bf16+8", statistic_formats=INT8, when=None):
+  """The program of a sharded array or an old GPU."""
+  formats = lowmem.DeltaFormat.parse(fmt), statistic_formats
+  return jax.jit(functools.partial(_xla, adam, formats))(leaf, when)
+
+
+def assert_close(found, wanted, leaf, fmt="bf16+8"):
+  """Section 5: float32 within some ulp before it is stored, so that a code may differ by one."""
+  fmt = lowmem.DeltaFormat.parse(fmt)
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert x.shape == y.shape and x.dtype == y.dtype
+  a, b = (np.asarray(pallas_kernels.merge(*t[:2], fmt), np.float64) for t in (found, wanted))
+  # A step of the fine grid, or 8 ulp of float32.
+  mantissa = {jnp.bfloat16: 7, jnp.float16: 10}[fmt.dtype.type] + fmt.extra_bits
+  size = np.maximum(np.maximum(np.abs(a), np.abs(b)), 2.0**-14)
+  assert np.all(np.abs(a - b) <= 2.0 ** (1 - min(mantissa, 20)) * size + 1e-8)
+  if a.size > 500 and mantissa < 20:
+    assert np.mean(a != b) < 0.01
+  for x, y in zip(found[2], wanted[2], strict=True):
+    if not isinstance(x, Blocks):
+      x, y = (np.asarray(t).view(np.int16).astype(int) for t in (x, y))
+      assert np.all(np.abs(x - y) <= 1) and np.sum(x != y) <= 0.01 * x.size + 1
+      continue
+    ratio = np.asarray(x.scale, np.float32) / np.asarray(y.scale, np.float32)
+    assert np.all((np.abs(ratio - 1) < 2**-7) | (np.asarray(y.scale) == 0))
+    assert np.sum(ratio != 1) <= 0.01 * ratio.size + 1
+    if x.codes.dtype == jnp.float16:
+      np.testing.assert_allclose(np.float32(x.codes), np.float32(y.codes), atol=2**-9)
+    else:
+      difference = np.abs(np.asarray(x.codes, int) - np.asarray(y.codes, int))
+      assert np.all(difference <= 1) and np.sum(difference) <= 0.01 * x.codes.size + 1
+
+
+SHAPES = [(32, 64), (64,), (96,), (992,), (2, 3, 5, 32), (37,), (5, 40), (), (0, 32), (4, 0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_any_shape(shape):
+  leaf = make_leaf(shape)
+  assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("fmt", ["bf16+0", "bf16+8", "bf16+16", "fp16+8"])
+def test_kernel_any_format(fmt, statistics):
+  formats = STATISTICS[statistics]
+  leaf = make_leaf((3, 11, 32), fmt, formats)
+  assert_close(step([leaf], "mosaic_gpu", fmt, formats)[0], plain(leaf, fmt, formats), leaf, fmt)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_kernel_any_gradient(dtype):
+  leaf = make_leaf((32, 32), dtype=dtype)
+  assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("fmt", ["bf16+0", "bf16+8", "bf16+16", "fp16+8"])
+def test_chunks(fmt, statistics, monkeypatch):
+  """On a CPU: several chunks and a shorter last one, in a loop."""
+  monkeypatch.setattr(chunked, "CHUNK", 5)
+  formats = STATISTICS[statistics]
+  leaf = make_leaf((13, 64), fmt, formats)
+  assert chunked.sizes(leaf.low.shape) == [5, 1]
+  assert_close(step([leaf], None, fmt, formats)[0], plain(leaf, fmt, formats), leaf, fmt)
+  assert_close(step([leaf], "xla", fmt, formats)[0], plain(leaf, fmt, formats), leaf, fmt)
+
+
+def test_extreme_gradients():
+  """Infinities, NaN, zeros and subnormals make a block what plain XLA makes of it."""
+  leaf = make_leaf((64, 32), statistic_formats=INT8)
+  g = np.array(leaf.gradient, np.float32)
+  g[0, 3], g[1, 4], g[2], g[3, :5], g[4, 0] = np.inf, np.nan, 0, 1e-40, 3e38
+  leaf = leaf._replace(gradient=jnp.asarray(g, jnp.bfloat16))
+  wanted = plain(leaf)
+  for found in (step([leaf], None)[0], step([leaf], "mosaic_gpu")[0]):
+    for x, y, f in zip(found[2], wanted[2], INT8, strict=True):
+      x, y = (np.asarray(state_formats.dequantize(t, f)) for t in (x, y))
+      assert (np.isfinite(x) == np.isfinite(y)).all()
+      assert not np.isfinite(x[:2]).any() and np.isfinite(x[2:4]).all()
+    x, y = (np.asarray(t[0], np.float32) for t in (found, wanted))
+    np.testing.assert_allclose(x[2:], y[2:], rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu", "plain"])
+@pytest.mark.parametrize("shapes", [[(32, 32)], [(64,), (3, 32)]], ids=str)
+def test_when(implementation, shapes):
+  """False: not a bit changes. True: as without it."""
+  leaves = [make_leaf(shape, seed=i) for i, shape in enumerate(shapes)]
+
+  def run(when):
+    if implementation == "plain":
+      return [plain(leaf, when=when) for leaf in leaves]
+    return step(leaves, implementation, when=when)
+
+  assert_trees_equal(run(jnp.array(False)), [leaf[1:4] for leaf in leaves])
+  assert_trees_equal(run(jnp.array(True)), run(None))
+
+
+@pytest.mark.skipif(not HAS_STORE, reason="JAX 0.11.2 stores whole tiles alone")
+def test_a_group_is_its_leaves():
+  """Leaves of all tile sizes in one kernel: each gets what it gets alone, bit for bit."""
+  shapes = [(64,), (96,), (40, 32), (1024,), (33, 64), (32,), (7, 32), (64,)]
+  leaves = [make_leaf(shape, seed=i) for i, shape in enumerate(shapes)]
+  together = step(leaves, "mosaic_gpu")
+  alone = [step([leaf], "mosaic_gpu")[0] for leaf in leaves]
+  assert_trees_equal(together, alone)
+
+
+def test_tiles_cover_each_block_once():
+  for blocks in ([1], [31], [32], [33, 1, 64], [95, 95, 7], list(range(1, 70))):
+    if not HAS_STORE:
+      blocks = [32 * n for n in blocks]
+    seen = [np.zeros(n, int) for n in blocks]
+    for group in launch._groups(blocks):
+      for which, start in group.table:
+        seen[group.leaves[which]][start : start + group.rows] += 1
+    assert all((x == 1).all() for x in seen)
+
+
+def test_streams_are_the_composition_s():
+  """fused_update rounds a weight as apply_update does with the same key."""
+  leaf = make_leaf((5, 64))
+  rule = lambda g, w, values: (2.0**-7 * g, values)  # exact, however it is contracted
+  low, delta, _ = fused_update.fused_update(rule, *leaf[:4], "bf16+8", INT8, key=3)
+  update = 2.0**-7 * leaf.gradient.astype(jnp.float32)
+  wanted = pallas_kernels.apply_update(leaf.low, leaf.delta, update, "bf16+8", key=3)
+  assert_trees_equal((low, delta), wanted)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_hoist(size):
+  """What Optax computes of scalars leaves the function, and the function stays what it was."""
+  tx = optax.adamw(optax.linear_schedule(1e-2, 1e-3, 10), nesterov=True)
+  state = tx.init(jnp.zeros((size, 32)))
+  x = jnp.linspace(-1, 1, size * 32).reshape(size, 32)
+
+  def call(count, x):
+    def f(g, w, values):
+      full = jax.tree.map(lambda leaf: leaf if leaf.shape else count, state)
+      full = (full[0]._replace(mu=values[0], nu=values[1]), *full[1:])
+      u, new = tx.update(g, full, w)
+      return u, [new[0].mu, new[0].nu]
+
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    scalars, rest = hoist(f, (struct, struct, [struct, struct]))
+    assert all(s.shape == () for s in scalars)
+    text = str(jax.make_jaxpr(rest)(scalars, x, x, [x, x * x]))
+    assert "pow" not in text.replace("integer_pow", "") and "jit" not in text
+    assert text.count(" div ") == 1  # bias corrections are multiplications
+    return f(x, x, [x, x * x]), rest(scalars, x, x, [x, x * x])
+
+  wanted, found = jax.jit(call)(jnp.int32(3), x)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9), found, wanted)
+
+
+PROGRAMS = {"any": lambda x: {"y": x + 1}, "cpu": lambda x: {"y": x + 2}}
+
+
+def test_by_device():
+  """One CPU: its program. Several devices, vmap: the one for any."""
+  call = functools.partial(by_device, PROGRAMS)
+  one = jnp.zeros(8)
+  assert call(one)["y"][0] == 2 and jax.jit(call)(one)["y"][0] == 2
+  scanned, _ = jax.lax.scan(lambda c, _: (call(c)["y"], None), one, length=3)
+  assert scanned[0] == 6
+  assert jax.vmap(call)(one.reshape(2, 4))["y"][0, 0] == 1
+  assert jax.eval_shape(call, one)["y"].shape == (8,)
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  sharded = jax.jit(call)(jax.device_put(one, sharding))["y"]
+  assert sharded[0] == 1 and sharded.sharding.is_equivalent_to(sharding, 1)
+  mapped = jax.shard_map(
+    lambda x: call(x)["y"], mesh=mesh, in_specs=jax.sharding.PartitionSpec("x"),
+    out_specs=jax.sharding.PartitionSpec("x"),
+  )  # fmt: skip
+  assert jax.jit(mapped)(one)[0] == 1
+
+
+def test_bad_input():
+  leaf = make_leaf((4, 32))
+  call = lambda *args, **kwargs: fused_update.fused_update(adam, *args, key=0, **kwargs)
+  args = (leaf.gradient, leaf.low, leaf.delta, leaf.statistics)
+  with pytest.raises(ValueError, match=r"gradient.*\(4, 32\).*\(32,\)"):
+    call(leaf.gradient[0], *args[1:], "bf16+8", INT8)
+  with pytest.raises(TypeError, match="int32"):
+    call(leaf.gradient.astype(jnp.int32), *args[1:], "bf16+8", INT8)
+  with pytest.raises(TypeError, match="bfloat16"):
+    call(leaf.gradient, leaf.low.astype(jnp.float16), *args[2:], "bf16+8", INT8)
+  with pytest.raises(ValueError, match="residual"):
+    call(leaf.gradient, leaf.low, None, leaf.statistics, "bf16+8", INT8)
+  with pytest.raises(ValueError, match="2 statistics have 1 formats"):
+    call(*args, "bf16+8", INT8[:1])
+  with pytest.raises(ValueError, match="int8.*uint8"):
+    call(*args[:3], leaf.statistics[::-1], "bf16+8", INT8)
+  with pytest.raises(ValueError, match="triton"):
+    call(*args, "bf16+8", INT8, implementation="triton")
+  with pytest.raises(ValueError, match="compute capability"):
+    call(*args, "bf16+8", INT8, implementation="mosaic_gpu")
+  with plgpu.force_gpu_interpret_mode():
+    values = [jnp.zeros((4, 32)), jnp.zeros((4, 32))]
+    fp32 = (StateFormat("fp32"), StateFormat("fp32"))
+    with pytest.raises(ValueError, match='statistics in "bf16"'):
+      call(*args[:3], values, "bf16+8", fp32, implementation="mosaic_gpu")
