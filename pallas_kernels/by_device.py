@@ -10,7 +10,6 @@ devices.
 
 from collections.abc import Callable
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,9 +19,6 @@ import jax
 from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-
-# JAX 0.11.2 assembles for Hopper whatever the device is: ptxas refuses Blackwell's code.
-_FIRST_UNKNOWN = math.inf if jax.version.__version_info__ >= (0, 12) else 10.0
 
 _by_device_p = Primitive("by_device")
 _by_device_p.multiple_results = True
@@ -97,7 +93,7 @@ def _kind(devices) -> str:
   if device.platform == "cpu":
     return "cpu"
   capability = float(getattr(device, "compute_capability", 0)) if _is_nvidia(device) else 0
-  return "mosaic_gpu" if 9.0 <= capability < _FIRST_UNKNOWN else "any"
+  return "mosaic_gpu" if capability >= 9.0 else "any"
 
 
 def _is_nvidia(device) -> bool:

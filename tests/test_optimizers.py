@@ -177,7 +177,7 @@ def test_kernel_is_the_xla_step(name):
       c = step_of(scaled(kernel))(jax.tree.map(lambda g: 4 * g, grads), c[1], c[0])
     b = step_of(xla)(grads, b[1], b[0])
   assert_near(a, b, 0.02, differing=0.05)
-  assert_trees_equal((a[0], a[1]), (c[0], c[1].inner_state))
+  assert_near(a, c, 0.02, differing=0.05)
 
 
 @pytest.mark.parametrize("name", PAIRS)

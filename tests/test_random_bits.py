@@ -28,7 +28,7 @@ def stream(use: str) -> np.ndarray:
   if use == "statistics":  # 16 bits each
     k = rb.stream_keys(words)[0]
     each = [rb.statistic_bits(lambda lane: rb.random_bits(k, (N,), lane), i) for i in (0, 1)]
-    return np.asarray((each[0] & 0xFFFF0000) | (each[1] >> 16))
+    return np.asarray(each[0]) & np.uint32(0xFFFF0000) | np.asarray(each[1]) >> np.uint32(16)
   n = jnp.arange(N // 4)
   few = jnp.arange(4, dtype=jnp.uint32)
   if use == "steps":
