@@ -104,7 +104,7 @@ def fused(
 
     leaves, treedef = jax.tree.flatten(quantized.inner_state, is_leaf=_is_blocks)
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
-    old_rest = treedef.unflatten(kept)
+    old_rest = jax.tree.unflatten(treedef, kept)
     rest_updates, new_rest = make(masks).update(rest(updates), old_rest, rest(params))
 
     one = make(None if mask is None else True)
@@ -125,7 +125,8 @@ def fused(
       kinds = tuple((place.path, place.format) for place in stored[name])
       return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(gradients[name].dtype))
 
-    new_weights, new_residuals, new_statistics = {}, {}, {}
+    new_weights, new_residuals = {}, {}
+    new_statistics: dict[_Place, Any] = {}
     for kind, names in _groups(weights_by_name, {name: kind_of(name) for name in held.by_name}):
       group = list(map(operands, names))
       results = step_group(kind, group, scalars, session.taken, session.gradient_scale)
@@ -142,7 +143,7 @@ def fused(
       step=step,
       residuals=_tree.map_named(lambda name, _: new_residuals.get(name), params),
       inner_state=quantized._replace(
-        step=quantized.step + 1, inner_state=treedef.unflatten(new_leaves)
+        step=quantized.step + 1, inner_state=jax.tree.unflatten(treedef, new_leaves)
       ),
     )
 

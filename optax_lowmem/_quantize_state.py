@@ -25,13 +25,13 @@ class Statistic(NamedTuple):
   Attributes:
     format: how.
     parameter: the name of the parameter that it belongs to.
-    index: which of that parameter's statistics it is; says where its random
+    number: which of that parameter's statistics it is; says where its random
       bits come from.
   """
 
   format: StateFormat
   parameter: str
-  index: int
+  number: int
 
 
 class _Default(str):
@@ -232,12 +232,12 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
       continue
     field = path[start - 1].name
     fields.add(field)
-    index = counts[path[start:]]
+    number = counts[path[start:]]
     counts[path[start:]] += 1
     name = by_field.get(field, default)
     if name not in (None, "fp32") and (held is None or parameter in held):
       fmt = StateFormat(name, is_square=field in SQUARES)
-      table.append((_tree.name_of(path), Statistic(fmt, parameter, index)))
+      table.append((_tree.name_of(path), Statistic(fmt, parameter, number)))
   missing = set(required) - fields
   if missing and weights:
     raise ValueError(
@@ -268,7 +268,7 @@ def _store(inner_state, table: Formats, words, step, scales):
     if known is None:
       return x
     stream = streams[known.parameter]
-    return _quantize(x, known.format, known.index, stream, scales.get(name))
+    return _quantize(x, known.format, known.number, stream, scales.get(name))
 
   return _tree.map_named(store, inner_state)
 

@@ -207,7 +207,7 @@ def merge_values(low, delta, fmt: DeltaFormat):
 
 
 def _merge_bfloat16(low, delta, k: int):
-  """`merge_values` of bfloat16, which is float32's upper half: the residual is added to the bits."""
+  """`merge_values` of bfloat16, float32's upper half: the residual is added to the bits."""
   bits = low_bits_of(low) << _U32(16)
   if delta is None or k == 0:
     return float_of(bits)

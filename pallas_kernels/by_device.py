@@ -8,7 +8,7 @@ partitioner. So this is a primitive of our own, whose lowering looks at the
 devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -25,7 +25,7 @@ _by_device_p.multiple_results = True
 dispatch.prim_requires_devices_during_lowering.add(_by_device_p)
 
 
-def by_device(programs: dict[str, Callable], *args) -> Any:
+def by_device(programs: Mapping[str, Callable], *args) -> Any:
   """Calls one of several programs with equal results.
 
   Args:
@@ -62,18 +62,16 @@ class _Struct:
 
 
 def _flat_program(kind: str, programs, treedef):
-  by_kind = dict(programs)
-  program = by_kind.get(kind, by_kind["any"])
+  by_kind: dict[str, Callable] = dict(programs)
+  program = by_kind.get(kind) or by_kind["any"]
   return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
 
 
-@_by_device_p.def_abstract_eval
 def _abstract_eval(*avals, programs, treedef, result):
   del avals, programs, treedef
   return [jax.core.ShapedArray(shape, dtype) for shape, dtype in result.leaves]
 
 
-@_by_device_p.def_impl
 def _impl(*args, programs, treedef, result):
   bind = functools.partial(_by_device_p.bind, programs=programs, treedef=treedef, result=result)
   return jax.jit(bind)(*args)
@@ -106,5 +104,7 @@ def _batch(args, axes, *, programs, treedef, result):
   return flat, [0] * len(flat)
 
 
+_by_device_p.def_abstract_eval(_abstract_eval)
+_by_device_p.def_impl(_impl)
 mlir.register_lowering(_by_device_p, _lower)
 batching.primitive_batchers[_by_device_p] = _batch

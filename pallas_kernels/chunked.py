@@ -48,7 +48,9 @@ def step(rule, formats, gradient, low, delta, statistics, stream, when):
     # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
     row = jax.lax.broadcasted_iota(_U32, (count, 1), 0) + jnp.asarray(start).astype(_U32)
     index = row * _U32(BLOCK) + jax.lax.broadcasted_iota(_U32, (count, BLOCK), 1)
-    new = _chunk(rule, formats, cut(gradient), *jax.tree.map(cut, flat), index, stream, when)
+    cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
+    stored = cut(gradient), cut_low, cut_delta, cut_statistics
+    new = _chunk(rule, formats, *stored, index, stream, when)
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), flat, new)
 
   whole = blocks // CHUNK if blocks >= 2 * CHUNK else 0

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arithmetic, checks, chunked, launch, packing, state_formats
+from pallas_kernels import (
+  arithmetic,
+  checks,
+  chunked,
+  launch,
+  launch_blocks,
+  packing,
+  state_formats,
+)
 from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.hoist import hoist
@@ -95,9 +103,9 @@ def fused_update_leaves(
   if implementation == "mosaic_gpu" and reason:
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
   shapes = [leaf.low.shape for leaf in leaves]
-  takes_kernel = not reason and all(map(launch.takes_blocks, shapes))
+  takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes))
   if implementation == "mosaic_gpu" and takes_kernel:
-    scalars, rules = _hoisted(rule, formats, launch.tile_rows(shapes))
+    scalars, rules = _hoisted(rule, formats, launch_blocks.tile_rows(shapes))
     return _kernel(rules, formats, scalars, leaves, when)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
@@ -111,7 +119,7 @@ def fused_update_leaves(
     scalars, rules = _hoisted(rule, formats, sorted({n for x in shapes for n in chunked.sizes(x)}))
     programs["cpu"] = functools.partial(_chunked, rules, formats)
   if implementation is None and takes_kernel and is_narrow and has_scales:
-    scalars, rules = _hoisted(rule, formats, launch.tile_rows(shapes))
+    scalars, rules = _hoisted(rule, formats, launch_blocks.tile_rows(shapes))
     programs["mosaic_gpu"] = functools.partial(_kernel, rules, formats)
   if len(programs) == 1:
     return whole(leaves, when)
@@ -137,7 +145,7 @@ def is_small(shape: tuple[int, ...]) -> bool:
   A launch takes an H100 about as long as 8 MB of memory traffic; a step moves
   12 bytes a value.
   """
-  return launch.takes_blocks(shape) and math.prod(shape) < 1 << 18
+  return launch_blocks.takes_blocks(shape) and math.prod(shape) < 1 << 18
 
 
 class Leaf(NamedTuple):
@@ -236,7 +244,7 @@ def _as_float32(x):
 
 def _hoisted(rule, formats, sizes: Sequence[int]):
   """The rule's scalars, and the rule without them, by the number of blocks that it is called on."""
-  structs = [jax.ShapeDtypeStruct((n, launch.BLOCK), jnp.float32) for n in sizes]
+  structs = [jax.ShapeDtypeStruct((n, launch_blocks.BLOCK), jnp.float32) for n in sizes]
   scalars, rules = zip(*(hoist(rule, (x, x, [x] * len(formats[1]))) for x in structs), strict=True)
   return scalars[0], dict(zip(sizes, rules, strict=True))
 
@@ -274,20 +282,20 @@ def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
       new_scales_K += [scale_K] if f.has_scale else []
     return values_T, new_scales_K
 
-  def operands(leaf: Leaf) -> launch.BlockLeaf:
-    blocks = lambda x: x.reshape(-1, launch.BLOCK)
+  def operands(leaf: Leaf) -> launch_blocks.BlockLeaf:
+    blocks = lambda x: x.reshape(-1, launch_blocks.BLOCK)
     values = [x for x in (leaf.low, leaf.delta) if x is not None]
     values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
     scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
     refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
-    return launch.BlockLeaf(leaf.stream, [blocks(leaf.gradient)], refs, scale_refs)
+    return launch_blocks.BlockLeaf(leaf.stream, [blocks(leaf.gradient)], refs, scale_refs)
 
   block_leaves = [operands(leaf) for leaf in leaves]
-  launch.blockwise(tile, block_leaves, scalars, when)
+  launch_blocks.blockwise(tile, block_leaves, scalars, when)
   return [_frozen(leaf, written) for leaf, written in zip(leaves, block_leaves, strict=True)]
 
 
-def _frozen(leaf: Leaf, written: launch.BlockLeaf):
+def _frozen(leaf: Leaf, written: launch_blocks.BlockLeaf):
   """What the kernel wrote, in the shapes of the leaf."""
   values, scales = iter(written.refs), iter(written.scale_refs)
 

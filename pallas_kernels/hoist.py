@@ -31,7 +31,7 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
   kept = []
   for eqn in jaxpr.eqns:
     is_scalar = all(isinstance(x, Literal) or x in known for x in eqn.invars)
-    if is_scalar and all(x.aval.shape == () for x in eqn.outvars):
+    if is_scalar and all(getattr(x.aval, "shape", None) == () for x in eqn.outvars):
       _evaluate(eqn, known)
     else:
       kept.append(eqn)

@@ -187,4 +187,5 @@ def random_bits(key: jax.Array, shape: tuple[int, ...], lane: int = 0) -> jax.Ar
   Returns:
     uint32 of that shape.
   """
-  return element_bits((key[0], key[1]), *element_index(shape), lane=lane)
+  low, high = element_index(shape)
+  return element_bits((key[0], key[1]), low, high, lane)

@@ -12,7 +12,7 @@ import pytest
 
 import optax_lowmem as lowmem
 import pallas_kernels
-from pallas_kernels import chunked, fused_update, launch, state_formats
+from pallas_kernels import chunked, fused_update, launch_blocks, state_formats
 from pallas_kernels.by_device import by_device
 from pallas_kernels.fused_update import Leaf, _xla, fused_update_leaves
 from pallas_kernels.hoist import hoist
@@ -175,7 +175,7 @@ def test_tiles_cover_each_block_once():
     if not HAS_STORE:
       blocks = [32 * n for n in blocks]
     seen = [np.zeros(n, int) for n in blocks]
-    for group in launch._groups(blocks):
+    for group in launch_blocks._groups(blocks):
       for which, start in group.table:
         seen[group.leaves[which]][start : start + group.rows] += 1
     assert all((x == 1).all() for x in seen)

@@ -83,7 +83,9 @@ def update_of(tx):
 
 def assert_near(a, b, rtol, differing=1.0):
   """Two (params, state) with masters within rtol of the weight or a step of 0.01, most equal."""
-  masters = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(lowmem.master_params(*t))]) for t in (a, b)]
+  masters = [
+    np.concatenate([np.ravel(x) for x in jax.tree.leaves(lowmem.master_params(*t))]) for t in (a, b)
+  ]
   x, y = (m.astype(np.float64) for m in masters)
   assert np.all(np.abs(x - y) <= rtol * np.maximum(np.maximum(np.abs(x), np.abs(y)), 0.01))
   assert np.mean(x != y) <= differing

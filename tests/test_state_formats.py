@@ -15,7 +15,20 @@ from pallas_kernels.state_formats import BLOCK, NAMES, StateFormat
 
 FORMATS = [StateFormat(name, is_square) for name in NAMES for is_square in (False, True)]
 SCALED = [fmt for fmt in FORMATS if fmt.has_scale]
-SHAPES = [(), (0,), (3, 0), (0, 5), (0, 64), (1,), (31,), (32,), (33,), (5, 7), (2, 3, 64), (4, 100)]
+SHAPES = [
+  (),
+  (0,),
+  (3, 0),
+  (0, 5),
+  (0, 64),
+  (1,),
+  (31,),
+  (32,),
+  (33,),
+  (5, 7),
+  (2, 3, 64),
+  (4, 100),
+]
 
 
 def ids(fmt):

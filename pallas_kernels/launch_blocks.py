@@ -1,0 +1,204 @@
+"""Launching Mosaic GPU kernels on blocks of 32 neighbours, which have a scale each.
+
+Arrays are walked as [blocks, 32], 32 blocks (one warpgroup) a program; the rest
+of an array is cut into tiles of 16, 8, 4, 2 and 1 blocks, and several arrays
+can share a launch. Everything is in place, as in `launch`.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.launch import MAX_SIZE
+from pallas_kernels.random_bits import element_bits
+
+BLOCK = 32  # neighbours with one scale
+_HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
+# Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
+_ROWS = (32, 16, 8, 4, 2, 1) if _HAS_STORE else (32,)
+
+
+def _block_layout(rows: int):
+  """A tile of whole blocks over 128 threads: a maximum over a block stays within a warp.
+
+  Of 32 rows a lane has 8 neighbouring elements (16-byte accesses at 16 bits
+  each); below 4 rows, some warps do the same work.
+  """
+  if rows >= 8:
+    tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+  tiling = plgpu.Tiling(((rows, BLOCK), (1,)))
+  warps: Any = {4: (-3,), 2: (-3, plgpu.Replicated(2)), 1: (plgpu.Replicated(4),)}[rows]
+  return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+
+
+def takes_blocks(shape: tuple[int, ...]) -> bool:
+  """Whether `blockwise` takes arrays of a shape: rows of whole blocks."""
+  n = math.prod(shape)
+  is_even = bool(shape) and shape[-1] % BLOCK == 0 and n % (_ROWS[-1] * BLOCK) == 0
+  return is_even and 0 < n <= MAX_SIZE
+
+
+class BlockLeaf(NamedTuple):
+  """The operands of `blockwise` that belong to one array.
+
+  Attributes:
+    key: uint32 [2], the stream's words.
+    reads: arrays of one shape that are only read, [blocks, 32].
+    refs: what is replaced, likewise, of at most 16 bits a value.
+    scale_refs: what is replaced, bfloat16 [blocks].
+  """
+
+  key: jax.Array
+  reads: list[jax.Array]
+  refs: list[jax.Ref]
+  scale_refs: list[jax.Ref]
+
+
+def blockwise(
+  tile: Callable,
+  leaves: Sequence[BlockLeaf],
+  scalars: Sequence[jax.Array],
+  when: jax.Array | None,
+):
+  """Runs `tile` over the blocks of some arrays, as one kernel, in place.
+
+  Args:
+    tile: `(bits, scalars, reads, values, scales) -> (values, scales)`, on
+      lists of arrays: [rows, 32] for some blocks, and [rows] for their scales;
+      bits(lane) are the stream's (`element_bits`).
+    leaves: the arrays.
+    scalars: float32, what tile's scalars are.
+    when: a bool: where it is False nothing is written; or None.
+  """
+  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
+  groups = _groups([leaf.refs[0].shape[0] for leaf in leaves])
+  table = np.concatenate([group.table for group in groups])
+  tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
+  operands, treedef = jax.tree.flatten((numbers, flags, tables, list(leaves)))
+
+  def body(*refs):
+    unflattened = jax.tree.unflatten(treedef, refs[: len(operands)])
+    number_refs, flag_refs, table_refs, leaf_refs = unflattened
+    program = jax.lax.axis_index("tile")
+    numbers = [ref[i] for ref in number_refs for i in range(len(scalars))]
+    taken = [flag_refs[0][0] != 0] if flag_refs else []
+    first = 0
+    for group in groups:
+
+      def run(group=group, first=first):
+        mine = [leaf_refs[i] for i in group.leaves]
+        if len(mine) > 1:
+          place = table_refs[0][program, 0], table_refs[0][program, 1]
+        else:
+          place = None, (program - first) * group.rows + int(group.table[0, 1])
+        _run_tile(tile, group.rows, mine, *place, numbers, refs[len(operands) :])
+
+      last = first + len(group.table)
+      conditions = taken + ([(program >= first) & (program < last)] if len(groups) > 1 else [])
+      if conditions:
+        pl.when(functools.reduce(jnp.logical_and, conditions))(run)
+      else:
+        run()
+      first = last
+
+  most_scales = max(len(leaf.scale_refs) for leaf in leaves)
+  plgpu.kernel(
+    body,
+    grid=(len(table),),
+    grid_names=("tile",),
+    scratch_types=[] if _HAS_STORE else [plgpu.SMEM((_ROWS[0],), jnp.bfloat16)] * most_scales,
+    # From 4 rows on, every thread writes what it alone has read (a warp, of the scales).
+    compiler_params=plgpu.CompilerParams(
+      unsafe_no_auto_barriers=min(group.rows for group in groups) >= 4
+    ),
+  )(*operands)
+
+
+class _Group(NamedTuple):
+  """The tiles of one size.
+
+  Attributes:
+    rows: how many blocks they have.
+    leaves: the arrays that have such tiles.
+    table: int32 [tiles, 2]: each tile's place in leaves, and its first block.
+  """
+
+  rows: int
+  leaves: list[int]
+  table: np.ndarray
+
+
+def _groups(blocks: Sequence[int]) -> list[_Group]:
+  """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
+  groups, done = [], [0] * len(blocks)
+  for rows in _ROWS:
+    leaves: list[int] = []
+    table: list[tuple[int, int]] = []
+    for i, n in enumerate(blocks):
+      if n - done[i] >= rows:
+        starts = range(done[i], n - rows + 1, rows)
+        table += [(len(leaves), start) for start in starts]
+        leaves.append(i)
+        done[i] += len(starts) * rows
+    if table:
+      groups.append(_Group(rows, leaves, np.array(table, np.int32)))
+  return groups
+
+
+def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+  """How many blocks the tiles have that `blockwise` walks arrays of these shapes in."""
+  return [group.rows for group in _groups([math.prod(shape) // BLOCK for shape in shapes])]
+
+
+def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, scalars, shared_refs):
+  """One tile, in a kernel: of the only array, or of number `which`."""
+  layout, blocks = _block_layout(rows), pl.ds(start, rows)
+
+  def load(leaf: BlockLeaf):
+    def array(ref, layout=layout):
+      return plgpu.load(ref.at[blocks], layout=layout, optimized=False)
+
+    return (
+      (leaf.key[0], leaf.key[1]),
+      [array(ref) for ref in leaf.reads],
+      [array(ref) for ref in leaf.refs],
+      [array(ref, layout.reduce(1)) for ref in leaf.scale_refs],
+    )
+
+  def store(leaf: BlockLeaf, values, scales):
+    for ref, value in zip(leaf.refs, values, strict=True):
+      if rows == _ROWS[0]:
+        ref[blocks] = value
+      else:  # too narrow for stores that count as optimized
+        plgpu.store(ref.at[blocks], value, optimized=False)
+    if _HAS_STORE:
+      for ref, scale in zip(leaf.scale_refs, scales, strict=True):
+        plgpu.store(ref.at[blocks], scale, optimized=False)
+      return
+    for shared, scale in zip(shared_refs, scales, strict=True):
+      shared[...] = scale
+    plgpu.commit_smem()
+    for ref, shared in zip(leaf.scale_refs, shared_refs, strict=True):
+      plgpu.copy_smem_to_gmem(shared, ref.at[blocks])
+    plgpu.wait_smem_to_gmem(0)
+
+  def choose(f, *args):
+    branches = [functools.partial(f, leaf) for leaf in leaves]
+    return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
+
+  words, reads, values, scales = choose(load)
+  row, column = (
+    plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
+  )
+  index = (row + start.astype(jnp.uint32)) * jnp.uint32(BLOCK) + column
+  bits = lambda lane: element_bits(words, index, lane=lane)
+  choose(store, *tile(bits, scalars, reads, values, scales))
