@@ -73,6 +73,7 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
   _tree.check_gradients(grads, params)
   tx = optax.with_extra_args_support(tx)
   with _session.refuse_members_behind(), _session.open_session(_session.StepSession) as session:
+    session.given = {id(g): g for g in jax.tree.leaves(grads)}
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
 
   def land(p, u):

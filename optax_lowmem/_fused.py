@@ -81,7 +81,7 @@ def fused(
       return update, [new[path] for path in paths]
 
     formats = [fmt for _, fmt in kind.statistics]
-    return fused_update_leaves(rule, leaves, kind.weight, formats, taken, implementation)
+    return fused_update_leaves(rule, leaves, kind.weight, formats, taken, kind.implementation)
 
   def update_fn(updates, state, params=None, **extra_args):
     session = _session.current(_session.StepSession)
@@ -117,13 +117,19 @@ def fused(
       if place.parameter:
         stored[place.parameter][place] = leaf
 
+    total = sum(weights_by_name[name].size for name in held.by_name)
+
     def operands(name) -> Leaf:
       parts = gradients[name], weights_by_name[name], residuals.get(name)
       return Leaf(*parts, list(stored[name].values()), streams[name])
 
     def kind_of(name) -> _Kind:
-      kinds = tuple((place.path, place.format) for place in stored[name])
-      return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(gradients[name].dtype))
+      kinds, g = tuple((place.path, place.format) for place in stored[name]), gradients[name]
+      # What a member in front computes (clipping) XLA fuses into its own passes; for a kernel it
+      # writes a copy of the leaf's gradient, which must be a small part of all gradients.
+      is_copied = id(g) not in session.given and g.size * 16 > total
+      how = "xla" if implementation is None and is_copied else implementation
+      return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(g.dtype), how)
 
     new_weights, new_residuals = {}, {}
     new_statistics: dict[_Place, Any] = {}
@@ -159,12 +165,14 @@ class _Kind(NamedTuple):
     weight: the weights' format.
     statistics: (path, format) of the statistics, as in `_Place`.
     gradient: the gradients' dtype.
+    implementation: as `pallas_kernels.fused_update` takes it.
   """
 
   decays: bool | None
   weight: Any
   statistics: tuple
   gradient: Any
+  implementation: launch.Implementation | None
 
 
 MOST_IN_A_KERNEL = 16

@@ -47,6 +47,7 @@ class StepSession:
 
   Attributes:
     trace: the trace that it holds in.
+    given: the gradients that `step` was called with, by id.
     landed: the landed weights that have not reached `step` yet.
     taken: a bool of a loss scale around the member that is called: whether the
       step is taken; None without one.
@@ -55,6 +56,7 @@ class StepSession:
   """
 
   trace: Any
+  given: dict[int, Any] = dataclasses.field(default_factory=dict)
   landed: "set[Landed]" = dataclasses.field(default_factory=set)
   taken: jax.Array | None = None
   gradient_scale: jax.Array | None = None
