@@ -2,10 +2,13 @@
 
   python -m benchmarks.instructions
 
-Compiles `apply_update` with stochastic and with truncating rounding for an
-H100, needs the `h100` extra and no GPU. The difference is the random stream
-(the index, the mixer, the threshold). What it leaves out: how instructions
-overlap with memory; only a GPU can tell.
+Compiles for an H100, needs the `h100` extra and no GPU:
+
+- `apply_update` with stochastic and with truncating rounding; the difference is
+  the random stream (the index, the mixer, the threshold);
+- the whole step of each optimizer.
+
+What it leaves out: how instructions overlap with memory; only a GPU can tell.
 """
 
 import os
@@ -16,8 +19,28 @@ import sys
 # The number of integer instructions that an H100 issues while its memory moves
 # one byte: 132 multiprocessors x 64 a clock x 1.755 GHz (boost, SXM), 3.35 TB/s.
 PER_BYTE = 132 * 64 * 1.755e9 / 3.352e12
+ISSUED_PER_BYTE = 2 * PER_BYTE  # of all kinds, at most
 ELEMENTS_A_THREAD = 8
 FORMATS = {"bf16+0": 8, "bf16+8": 10, "bf16+16": 12, "fp16+8": 10}  # bytes an element
+
+STEPS = {  # what to compile, and the bytes that it moves an element
+  'adamw(1e-3)': 12.25,
+  'adamw(1e-3, weights="bf16+0")': 10.25,
+  'adamw(1e-3, weights="fp16+8")': 12.25,
+  'adamw(1e-3, mu="bf16", nu="bf16", implementation="mosaic_gpu")': 16,
+  'lion(1e-4)': 10.125,
+  'sgd(0.1, momentum=0.9)': 10.125,
+}
+
+_STEP = """
+import sys; sys.path.insert(0, "tests")
+import functools, h100, jax, jax.numpy as jnp, optax_lowmem as lowmem
+tx = lowmem.{name}
+params32 = {{"w": jax.ShapeDtypeStruct((1 << 10, 1 << 10), jnp.float32)}}
+params, state = jax.eval_shape(functools.partial(lowmem.init, tx), params32)
+args = h100.on_device((params, params, state))
+h100.compiled(lambda g, p, s: lowmem.step(tx, g, s, p), *args, donate=(1, 2))
+"""
 
 _PROGRAM = """
 import sys; sys.path.insert(0, "tests")
@@ -35,15 +58,15 @@ h100.compiled(
 """
 
 
-def count(name: str, rounding: str) -> int:
-  """Instructions of one thread of the kernel, from its disassembly."""
+def count(program: str) -> int:
+  """Instructions of one thread of the kernel that a program compiles, from its disassembly."""
   environment = os.environ | {
     "MOSAIC_GPU_DUMP_SASS": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run(
-      [sys.executable, "-c", _PROGRAM.format(name=name, rounding=rounding)],
+      [sys.executable, "-c", program],
       env=environment, capture_output=True, text=True, check=True,
   )  # fmt: skip
   instructions = re.findall(
@@ -57,12 +80,18 @@ def main():
   print("apply_update, SASS instructions an element (one thread has 8)")
   print("format    truncate  stochastic  stream  H100 issues while it moves the element")
   for name, nbytes in FORMATS.items():
-    plain = count(name, "truncate") / ELEMENTS_A_THREAD
-    full = count(name, "stochastic") / ELEMENTS_A_THREAD
+    plain, full = (
+      count(_PROGRAM.format(name=name, rounding=rounding)) / ELEMENTS_A_THREAD
+      for rounding in ("truncate", "stochastic")
+    )
     print(
       f"{name:8}  {plain:8.1f}  {full:10.1f}  {full - plain:6.1f}"
       f"  {PER_BYTE * nbytes:.0f} ({nbytes} bytes)"
     )
+  print("\nlowmem.step, SASS instructions an element, and how many an H100 issues while it moves it")
+  for name, nbytes in STEPS.items():
+    found = count(_STEP.format(name=name)) / ELEMENTS_A_THREAD
+    print(f"{name:64}  {found:6.1f}  {ISSUED_PER_BYTE * nbytes:5.0f} ({nbytes} bytes)")
 
 
 if __name__ == "__main__":
