@@ -24,12 +24,12 @@ ELEMENTS_A_THREAD = 8
 FORMATS = {"bf16+0": 8, "bf16+8": 10, "bf16+16": 12, "fp16+8": 10}  # bytes an element
 
 STEPS = {  # what to compile, and the bytes that it moves an element
-  'adamw(1e-3)': 12.25,
+  "adamw(1e-3)": 12.25,
   'adamw(1e-3, weights="bf16+0")': 10.25,
   'adamw(1e-3, weights="fp16+8")': 12.25,
   'adamw(1e-3, mu="bf16", nu="bf16", implementation="mosaic_gpu")': 16,
-  'lion(1e-4)': 10.125,
-  'sgd(0.1, momentum=0.9)': 10.125,
+  "lion(1e-4)": 10.125,
+  "sgd(0.1, momentum=0.9)": 10.125,
 }
 
 _STEP = """
@@ -88,7 +88,9 @@ def main():
       f"{name:8}  {plain:8.1f}  {full:10.1f}  {full - plain:6.1f}"
       f"  {PER_BYTE * nbytes:.0f} ({nbytes} bytes)"
     )
-  print("\nlowmem.step, SASS instructions an element, and how many an H100 issues while it moves it")
+  print(
+    "\nlowmem.step, SASS instructions an element, and how many an H100 issues while it moves it"
+  )
   for name, nbytes in STEPS.items():
     found = count(_STEP.format(name=name)) / ELEMENTS_A_THREAD
     print(f"{name:64}  {found:6.1f}  {ISSUED_PER_BYTE * nbytes:5.0f} ({nbytes} bytes)")

@@ -13,6 +13,10 @@ tiled or sharded, and nothing is stored. Two stages:
   second in the middle, so that two leaves' streams are not permutations of
   one sequence by an exclusive or.
 
+A weight's statistics need bits of their own. Those are further lanes of the
+element's: the weight's bits are multiplied once more, and each lane serves two
+statistics, 16 bits each.
+
 Why this one: a memory-bound update moves 8 to 10 bytes an element, in which
 time an H100 issues about 35 to 44 integer instructions. This mixer with index
 and threshold takes 15 to 17 of them for bfloat16 (`python -m

@@ -12,7 +12,7 @@ import pytest
 
 import optax_lowmem as lowmem
 import pallas_kernels
-from pallas_kernels import chunked, fused_update, launch_blocks, state_formats
+from pallas_kernels import chunked, launch_blocks, state_formats
 from pallas_kernels.by_device import by_device
 from pallas_kernels.fused_update import Leaf, _xla, fused_update_leaves
 from pallas_kernels.hoist import hoist
@@ -185,7 +185,7 @@ def test_streams_are_the_composition_s():
   """fused_update rounds a weight as apply_update does with the same key."""
   leaf = make_leaf((5, 64))
   rule = lambda g, w, values: (2.0**-7 * g, values)  # exact, however it is contracted
-  low, delta, _ = fused_update.fused_update(rule, *leaf[:4], "bf16+8", INT8, key=3)
+  low, delta, _ = pallas_kernels.fused_update(rule, *leaf[:4], "bf16+8", INT8, key=3)
   update = 2.0**-7 * leaf.gradient.astype(jnp.float32)
   wanted = pallas_kernels.apply_update(leaf.low, leaf.delta, update, "bf16+8", key=3)
   assert_trees_equal((low, delta), wanted)
@@ -242,7 +242,7 @@ def test_by_device():
 
 def test_bad_input():
   leaf = make_leaf((4, 32))
-  call = lambda *args, **kwargs: fused_update.fused_update(adam, *args, key=0, **kwargs)
+  call = lambda *args, **kwargs: pallas_kernels.fused_update(adam, *args, key=0, **kwargs)
   args = (leaf.gradient, leaf.low, leaf.delta, leaf.statistics)
   with pytest.raises(ValueError, match=r"gradient.*\(4, 32\).*\(32,\)"):
     call(leaf.gradient[0], *args[1:], "bf16+8", INT8)
