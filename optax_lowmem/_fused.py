@@ -78,7 +78,8 @@ def fused(
       state = jax.tree.unflatten(jax.tree.structure(struct), state)
       update, state = inner.update(g if scale is None else g * scale, state, w)
       new = dict(_leaves(state))
-      return update, [new[path] for path in paths]
+      # A float64 learning rate makes float64 of them.
+      return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
 
     formats = [fmt for _, fmt in kind.statistics]
     return fused_update_leaves(rule, leaves, kind.weight, formats, taken, kind.implementation)
@@ -87,12 +88,22 @@ def fused(
     session = _session.current(_session.StepSession)
     places = None if session is None else _places(state, params)
     if session is None or places is None:
+      if session is not None and implementation == "mosaic_gpu":
+        raise ValueError(
+          'implementation="mosaic_gpu" takes statistics in formats of ours; give mu= or'
+          " accumulator= in the place of mu_dtype or accumulator_dtype."
+        )
       return composed.update(updates, state, params, **extra_args)
     _tree.check_gradients(updates, params)
     held, quantized = state.formats, state.inner_state
     weights_by_name, gradients = _tree.named_leaves(params), _tree.named_leaves(updates)
     residuals = _check_residuals(state.residuals, weights_by_name, held)
-    masks = mask(updates) if callable(mask) else mask
+    if callable(mask):  # which sees what an inner transformation sees
+      masks = mask(
+        _tree.map_named(lambda name, g: g.astype(jnp.float32) if held.get(name) else g, updates)
+      )
+    else:
+      masks = mask
     decays = {}
     if masks is not None:  # perhaps a prefix
       spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), masks, updates)
@@ -119,23 +130,31 @@ def fused(
 
     total = sum(weights_by_name[name].size for name in held.by_name)
 
+    def source(name):
+      """The gradient to read, and what it is to be multiplied by there."""
+      g = gradients[name]
+      _, scaled, factor = session.scaled.get(id(g), (g, g, None))
+      return (scaled, factor) if scaled.dtype.itemsize <= 4 else (g, None)
+
     def operands(name) -> Leaf:
-      parts = gradients[name], weights_by_name[name], residuals.get(name)
+      parts = source(name)[0], weights_by_name[name], residuals.get(name)
       return Leaf(*parts, list(stored[name].values()), streams[name])
 
     def kind_of(name) -> _Kind:
-      kinds, g = tuple((place.path, place.format) for place in stored[name]), gradients[name]
+      kinds = tuple((place.path, place.format) for place in stored[name])
+      g, factor = source(name)
       # What a member in front computes (clipping) XLA fuses into its own passes; for a kernel it
       # writes a copy of the leaf's gradient, which must be a small part of all gradients.
       is_copied = id(g) not in session.given and g.size * 16 > total
       how = "xla" if implementation is None and is_copied else implementation
-      return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(g.dtype), how)
+      is_scaled = factor is not None
+      return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(g.dtype), is_scaled, how)
 
     new_weights, new_residuals = {}, {}
     new_statistics: dict[_Place, Any] = {}
     for kind, names in _groups(weights_by_name, {name: kind_of(name) for name in held.by_name}):
       group = list(map(operands, names))
-      results = step_group(kind, group, scalars, session.taken, session.gradient_scale)
+      results = step_group(kind, group, scalars, session.taken, source(names[0])[1])
       for name, (low, residual, statistics) in zip(names, results, strict=True):
         new_weights[name], new_residuals[name] = low, residual
         new_statistics |= zip(stored[name], statistics, strict=True)
@@ -153,7 +172,6 @@ def fused(
       ),
     )
 
-  update_fn.takes_gradient_scale = True  # type: ignore[attr-defined]
   return optax.GradientTransformationExtraArgs(composed.init, update_fn)
 
 
@@ -165,6 +183,7 @@ class _Kind(NamedTuple):
     weight: the weights' format.
     statistics: (path, format) of the statistics, as in `_Place`.
     gradient: the gradients' dtype.
+    is_scaled: whether the step is to unscale them.
     implementation: as `pallas_kernels.fused_update` takes it.
   """
 
@@ -172,6 +191,7 @@ class _Kind(NamedTuple):
   weight: Any
   statistics: tuple
   gradient: Any
+  is_scaled: bool
   implementation: launch.Implementation | None
 
 

@@ -196,14 +196,10 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     finite = _all_finite(unscaled)
     session = _session.current(_session.StepSession)
     if session is None:
-      is_settled = lambda x: False
-      guarded = contextlib.nullcontext()
-    else:
-      # Ours unscale each gradient where they read it, and leave their arrays as they are at a skip.
+      is_settled, guarded = lambda x: False, contextlib.nullcontext()
+    else:  # our optimizers unscale where they read, and leave their arrays as they are at a skip
       is_settled = session.is_settled
-      takes_scale = getattr(inner.update, "takes_gradient_scale", False)
-      unscaled = updates if takes_scale else unscaled
-      guarded = session.unless_skipped(finite, inverse if takes_scale else None)
+      guarded = session.unless_skipped(finite, updates, unscaled, inverse)
     with guarded:
       new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
     weights = {} if params is None else _tree.named_leaves(params)

@@ -49,9 +49,10 @@ class StepSession:
     trace: the trace that it holds in.
     given: the gradients that `step` was called with, by id.
     landed: the landed weights that have not reached `step` yet.
-    taken: a bool of a loss scale around the member that is called: whether the
-      step is taken; None without one.
-    gradient_scale: what that member's gradients are still to be multiplied by.
+    taken: a bool of the loss scales around the member that is called: whether
+      the step is taken; None without one.
+    scaled: by id of an unscaled gradient, it, the one that it was made of, and
+      the factor between them.
     settled_arrays: results that are what they were where the step is not taken.
   """
 
@@ -59,17 +60,20 @@ class StepSession:
   given: dict[int, Any] = dataclasses.field(default_factory=dict)
   landed: "set[Landed]" = dataclasses.field(default_factory=set)
   taken: jax.Array | None = None
-  gradient_scale: jax.Array | None = None
+  scaled: dict[int, tuple[Any, Any, Any]] = dataclasses.field(default_factory=dict)
   settled_arrays: dict[int, Any] = dataclasses.field(default_factory=dict)
 
   @contextlib.contextmanager
-  def unless_skipped(self, taken, gradient_scale):
-    """For the call of a loss scale's inner transformation."""
-    self.taken, self.gradient_scale = taken, gradient_scale
+  def unless_skipped(self, taken, scaled, unscaled, factor):
+    """For the call of a loss scale's inner transformation, with unscaled gradients."""
+    outside = self.taken, self.scaled
+    self.taken = taken if self.taken is None else self.taken & taken
+    pairs = zip(jax.tree.leaves(scaled), jax.tree.leaves(unscaled), strict=True)
+    self.scaled = self.scaled | {id(u): (u, s, factor) for s, u in pairs if s is not u}
     try:
       yield
     finally:
-      self.taken = self.gradient_scale = None
+      self.taken, self.scaled = outside
 
   def settled(self, *trees):
     """A member declares arrays as its work where the step is taken, else the old ones."""

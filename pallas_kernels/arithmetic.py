@@ -124,6 +124,11 @@ def widen(low):
   return merge_values(low, None, DeltaFormat(low.dtype, 0))
 
 
+def as_float32(x):
+  """Any real float array in float32; half precision by its bits."""
+  return widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
+
+
 def split_values(x, fmt: DeltaFormat, bits):
   """float32 -> (low, delta): see `pallas_kernels.split`.
 

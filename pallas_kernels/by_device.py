@@ -18,7 +18,8 @@ import jax
 # it `device_assignment` is None and everything takes the XLA path.
 from jax._src import dispatch
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
+import numpy as np
 
 _by_device_p = Primitive("by_device")
 _by_device_p.multiple_results = True
@@ -74,20 +75,37 @@ def _abstract_eval(*avals, programs, treedef, result):
 
 def _impl(*args, programs, treedef, result):
   bind = functools.partial(_by_device_p.bind, programs=programs, treedef=treedef, result=result)
-  return jax.jit(bind)(*args)
+  with jax.disable_jit(False):  # it would come back here
+    return jax.jit(bind)(*args)
+
+
+def _jvp(primals, tangents, *, programs, treedef, result):
+  del result
+
+  def instantiate(x, t):
+    if type(t) is not ad.Zero:
+      return t
+    is_inexact = jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+    return jax.numpy.zeros_like(x) if is_inexact else np.zeros(x.shape, jax.dtypes.float0)
+
+  tangents = [instantiate(x, t) for x, t in zip(primals, tangents, strict=True)]
+  return jax.jvp(_flat_program("any", programs, treedef), tuple(primals), tuple(tangents))
 
 
 def _lower(ctx, *args, programs, treedef, result):
   del result
   devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
-  flat = _flat_program(_kind(devices), programs, treedef)
+  platforms = tuple(ctx.platforms or ctx.module_context.platforms)
+  flat = _flat_program(_kind(devices, platforms), programs, treedef)
   return mlir.lower_fun(flat, multiple_results=True)(ctx, *args)
 
 
-def _kind(devices) -> str:
-  if len(devices) != 1:
+def _kind(devices, platforms) -> str:
+  if len(devices) != 1 or len(platforms) != 1:
     return "any"
   (device,) = devices
+  if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):  # exported for another
+    return "any"
   if device.platform == "cpu":
     return "cpu"
   capability = float(getattr(device, "compute_capability", 0)) if _is_nvidia(device) else 0
@@ -106,5 +124,6 @@ def _batch(args, axes, *, programs, treedef, result):
 
 _by_device_p.def_abstract_eval(_abstract_eval)
 _by_device_p.def_impl(_impl)
+ad.primitive_jvps[_by_device_p] = _jvp
 mlir.register_lowering(_by_device_p, _lower)
 batching.primitive_batchers[_by_device_p] = _batch

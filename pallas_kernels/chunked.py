@@ -65,15 +65,12 @@ def _chunk(rule, formats, gradient, low, delta, statistics, index, stream, when)
   """The step of [blocks, 32] values; scales are [blocks]."""
   fmt, statistic_formats = formats
   bits = lambda lane: element_bits((stream[0], stream[1]), index, lane=lane)
-  is_half = gradient.dtype in (jnp.bfloat16, jnp.float16)
-  gradient = arithmetic.widen(gradient) if is_half else gradient.astype(jnp.float32)
+  gradient = arithmetic.as_float32(gradient)
   wide = None if delta is None else delta.astype(jnp.int32)
   master = arithmetic.merge_values(low, wide, fmt)
-  old = [
-    state_formats.dequantize_blocks(x.codes, x.scale, f) if f.has_scale
-    else state_formats.dequantize(x, f)
-    for x, f in zip(statistics, statistic_formats, strict=True)
-  ]  # fmt: skip
+  codes = [x.codes if isinstance(x, Blocks) else x for x in statistics]
+  scales = [x.scale if isinstance(x, Blocks) else None for x in statistics]
+  old = list(map(state_formats.dequantize_blocks, codes, scales, statistic_formats))
   update, values = rule(gradient, master, old)
   new_statistics = []
   for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):

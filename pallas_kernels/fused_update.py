@@ -28,7 +28,7 @@ from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.hoist import hoist
 from pallas_kernels.random_bits import key_words, random_bits, statistic_bits, stream_keys
-from pallas_kernels.state_formats import Blocks, StateFormat
+from pallas_kernels.state_formats import BLOCK, Blocks, StateFormat
 
 Rule = Callable[[jax.Array, jax.Array, list[jax.Array]], tuple[jax.Array, list[jax.Array]]]
 
@@ -63,7 +63,8 @@ def fused_update(
     implementation: "xla"; "mosaic_gpu" (residuals of 0, 8 or 16 bits,
       statistics in "bf16", "fp16" or "int8"; a leaf whose rows end in a short
       block is XLA's); or None, which takes the kernel on one GPU from Hopper
-      on if a statistic has block scales, and XLA elsewhere.
+      on if a statistic has block scales and the gradient is not wider than the
+      weight, and XLA elsewhere. XLA's program for one CPU is `chunked`.
 
   Returns:
     The new (low, delta, statistics).
@@ -111,32 +112,34 @@ def fused_update_leaves(
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
-  # A program for a device closes over no tracer, as the rule may.
   whole = functools.partial(_xla_leaves, rule, formats)
-  closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when)
-  programs, scalars = {"any": functools.partial(_evaluated, closed.jaxpr, result)}, []
+  sizes = []
   if all(chunked.takes(shape, fmt) for shape in shapes):
-    scalars, rules = _hoisted(rule, formats, sorted({n for x in shapes for n in chunked.sizes(x)}))
-    programs["cpu"] = functools.partial(_chunked, rules, formats)
-  if implementation is None and takes_kernel and is_narrow and has_scales:
-    scalars, rules = _hoisted(rule, formats, launch_blocks.tile_rows(shapes))
-    programs["mosaic_gpu"] = functools.partial(_kernel, rules, formats)
-  if len(programs) == 1:
+    sizes += [n for shape in shapes for n in chunked.sizes(shape)]
+  is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
+  if is_kernel:
+    sizes += launch_blocks.tile_rows(shapes)
+  if not sizes or _is_wide(rule, formats):
     return whole(leaves, when)
-  for kind in programs.keys() - {"any"}:
-    programs[kind] = functools.partial(_without_constants, programs[kind])
+  # A program for a device closes over no tracer, as the rule may.
+  scalars, rules = _hoisted(rule, formats, sizes)
+  closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when)
+
+  def any_device(consts, scalars, *operands):
+    del scalars
+    flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(operands))
+    return jax.tree.unflatten(jax.tree.structure(result), flat)
+
+  def one_cpu(consts, scalars, *operands):
+    del consts
+    return _chunked(rules, formats, scalars, *operands)
+
+  def kernel(consts, scalars, *operands):
+    del consts
+    return _kernel(rules, formats, scalars, *operands)
+
+  programs = {"any": any_device, "cpu": one_cpu} | ({"mosaic_gpu": kernel} if is_kernel else {})
   return by_device(programs, closed.consts, scalars, leaves, when)
-
-
-def _evaluated(jaxpr, result, consts, scalars, *operands):
-  del scalars
-  flat = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(operands))
-  return jax.tree.unflatten(jax.tree.structure(result), flat)
-
-
-def _without_constants(program, consts, *operands):
-  del consts
-  return program(*operands)
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -205,7 +208,7 @@ def _xla(rule, formats, leaf: Leaf, when):
   gradient, low, delta, statistics, stream = leaf
   fmt, statistic_formats = formats
   bits = functools.partial(random_bits, stream, low.shape)
-  gradient = _as_float32(gradient)
+  gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = arithmetic.merge_values(low, wide, fmt)
 
@@ -237,21 +240,26 @@ def _xla(rule, formats, leaf: Leaf, when):
   return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
 
 
-def _as_float32(x):
-  # By bits: XLA:GPU may drop a conversion.
-  return arithmetic.widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
+def _is_wide(rule, formats) -> bool:
+  """Whether a scalar turns the rule's arrays into float64, for which there is plain XLA alone."""
+  if jnp.result_type(float) != jnp.float64:
+    return False
+  struct = jax.ShapeDtypeStruct((BLOCK, BLOCK), jnp.float32)
+  jaxpr = jax.make_jaxpr(rule)(struct, struct, [struct] * len(formats[1]))
+  return f"f64[{BLOCK},{BLOCK}]" in str(jaxpr)
 
 
 def _hoisted(rule, formats, sizes: Sequence[int]):
   """The rule's scalars, and the rule without them, by the number of blocks that it is called on."""
-  structs = [jax.ShapeDtypeStruct((n, launch_blocks.BLOCK), jnp.float32) for n in sizes]
+  sizes = sorted(set(sizes))
+  structs = [jax.ShapeDtypeStruct((n, BLOCK), jnp.float32) for n in sizes]
   scalars, rules = zip(*(hoist(rule, (x, x, [x] * len(formats[1]))) for x in structs), strict=True)
   return scalars[0], dict(zip(sizes, rules, strict=True))
 
 
 def _bound(rules, scalars) -> Rule:
   """The rule again, on arrays of some of the sizes."""
-  return lambda g, w, values, **options: rules[len(g)](scalars, g, w, values, **options)
+  return lambda g, w, values: rules[len(g)](scalars, g, w, values)
 
 
 def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when):
@@ -264,15 +272,15 @@ def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
   """The step as a Mosaic GPU kernel."""
   fmt, statistic_formats = formats
 
-  def tile(bits, scalars, reads_T, values_T, scales_K):
-    (gradient_T,), (low_T, *rest_T), scales_K = reads_T, values_T, iter(scales_K)
+  def tile(bits, scalars, gradient_T, values_T, scales_K):
+    (low_T, *rest_T), scales_K = values_T, iter(scales_K)
     delta_T = rest_T.pop(0).astype(jnp.int32) if fmt.residual_bits else None
     master_T = arithmetic.merge_values(low_T, delta_T, fmt)
     old_T = [
       state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
       for x_T, f in zip(rest_T, statistic_formats, strict=True)
     ]
-    update_T, new_T = _bound(rules, scalars)(_as_float32(gradient_T), master_T, old_T)
+    update_T, new_T = _bound(rules, scalars)(arithmetic.as_float32(gradient_T), master_T, old_T)
     low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
     values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(values_T[1].dtype)]
     new_scales_K = []
@@ -283,12 +291,12 @@ def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
     return values_T, new_scales_K
 
   def operands(leaf: Leaf) -> launch_blocks.BlockLeaf:
-    blocks = lambda x: x.reshape(-1, launch_blocks.BLOCK)
+    blocks = lambda x: x.reshape(-1, BLOCK)
     values = [x for x in (leaf.low, leaf.delta) if x is not None]
     values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
     scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
     refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
-    return launch_blocks.BlockLeaf(leaf.stream, [blocks(leaf.gradient)], refs, scale_refs)
+    return launch_blocks.BlockLeaf(leaf.stream, blocks(leaf.gradient), refs, scale_refs)
 
   block_leaves = [operands(leaf) for leaf in leaves]
   launch_blocks.blockwise(tile, block_leaves, scalars, when)

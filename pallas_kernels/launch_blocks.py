@@ -18,8 +18,8 @@ import numpy as np
 
 from pallas_kernels.launch import MAX_SIZE
 from pallas_kernels.random_bits import element_bits
+from pallas_kernels.state_formats import BLOCK
 
-BLOCK = 32  # neighbours with one scale
 _HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
 # Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
 _ROWS = (32, 16, 8, 4, 2, 1) if _HAS_STORE else (32,)
@@ -51,13 +51,13 @@ class BlockLeaf(NamedTuple):
 
   Attributes:
     key: uint32 [2], the stream's words.
-    reads: arrays of one shape that are only read, [blocks, 32].
+    read: what is only read, [blocks, 32].
     refs: what is replaced, likewise, of at most 16 bits a value.
     scale_refs: what is replaced, bfloat16 [blocks].
   """
 
   key: jax.Array
-  reads: list[jax.Array]
+  read: jax.Array
   refs: list[jax.Ref]
   scale_refs: list[jax.Ref]
 
@@ -71,11 +71,11 @@ def blockwise(
   """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
   Args:
-    tile: `(bits, scalars, reads, values, scales) -> (values, scales)`, on
-      lists of arrays: [rows, 32] for some blocks, and [rows] for their scales;
+    tile: `(bits, scalars, read, values, scales) -> (values, scales)`, on
+      arrays [rows, 32] for some blocks, and [rows] for their scales;
       bits(lane) are the stream's (`element_bits`).
     leaves: the arrays.
-    scalars: float32, what tile's scalars are.
+    scalars: what tile's scalars are (float32, or exact in it: bools, integers).
     when: a bool: where it is False nothing is written; or None.
   """
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
@@ -89,7 +89,7 @@ def blockwise(
     unflattened = jax.tree.unflatten(treedef, refs[: len(operands)])
     number_refs, flag_refs, table_refs, leaf_refs = unflattened
     program = jax.lax.axis_index("tile")
-    numbers = [ref[i] for ref in number_refs for i in range(len(scalars))]
+    numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
     taken = [flag_refs[0][0] != 0] if flag_refs else []
     first = 0
     for group in groups:
@@ -123,6 +123,11 @@ def blockwise(
   )(*operands)
 
 
+def _as(number, dtype):
+  """A scalar that was passed as float32."""
+  return number != 0 if dtype == jnp.bool_ else number.astype(dtype)
+
+
 class _Group(NamedTuple):
   """The tiles of one size.
 
@@ -141,16 +146,15 @@ def _groups(blocks: Sequence[int]) -> list[_Group]:
   """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
   groups, done = [], [0] * len(blocks)
   for rows in _ROWS:
-    leaves: list[int] = []
-    table: list[tuple[int, int]] = []
+    leaves, starts = [], []
     for i, n in enumerate(blocks):
       if n - done[i] >= rows:
-        starts = range(done[i], n - rows + 1, rows)
-        table += [(len(leaves), start) for start in starts]
         leaves.append(i)
-        done[i] += len(starts) * rows
-    if table:
-      groups.append(_Group(rows, leaves, np.array(table, np.int32)))
+        starts.append(np.arange(done[i], n - rows + 1, rows, dtype=np.int32))
+        done[i] += len(starts[-1]) * rows
+    if leaves:
+      which = np.repeat(np.arange(len(leaves), dtype=np.int32), [len(x) for x in starts])
+      groups.append(_Group(rows, leaves, np.stack([which, np.concatenate(starts)], axis=1)))
   return groups
 
 
@@ -169,7 +173,7 @@ def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, scalars, s
 
     return (
       (leaf.key[0], leaf.key[1]),
-      [array(ref) for ref in leaf.reads],
+      array(leaf.read),
       [array(ref) for ref in leaf.refs],
       [array(ref, layout.reduce(1)) for ref in leaf.scale_refs],
     )
@@ -195,10 +199,10 @@ def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, scalars, s
     branches = [functools.partial(f, leaf) for leaf in leaves]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  words, reads, values, scales = choose(load)
+  words, read, values, scales = choose(load)
   row, column = (
     plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
   )
   index = (row + start.astype(jnp.uint32)) * jnp.uint32(BLOCK) + column
   bits = lambda lane: element_bits(words, index, lane=lane)
-  choose(store, *tile(bits, scalars, reads, values, scales))
+  choose(store, *tile(bits, scalars, read, values, scales))

@@ -173,7 +173,7 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
 def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat):
   """`dequantize` of a tile of blocks, scale_K None where the format has none."""
   if not fmt.has_scale:
-    return arithmetic.widen(codes_KxB)
+    return dequantize(codes_KxB, fmt)
   x_KxB = decode(codes_KxB, scale_K, fmt)
   return x_KxB * x_KxB if fmt.is_square else x_KxB
 

@@ -5,6 +5,7 @@ import functools
 from conftest import assert_trees_equal
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -265,3 +266,31 @@ def test_bad_input():
     fp32 = (StateFormat("fp32"), StateFormat("fp32"))
     with pytest.raises(ValueError, match='statistics in "bf16"'):
       call(*args[:3], values, "bf16+8", fp32, implementation="mosaic_gpu")
+
+
+def test_rules_close_over_scalars():
+  """Of any dtype, traced or not; an array is refused."""
+  leaf = make_leaf((32, 32))
+
+  def run(implementation, flag, k):
+    rule = lambda g, w, v: (jnp.where(flag, -g, g) / 8.0 * k.astype(jnp.float32), v)
+    return step([leaf], implementation, rule=rule)[0]
+
+  with plgpu.force_gpu_interpret_mode():
+    found = jax.jit(functools.partial(run, "mosaic_gpu"))(jnp.array(True), jnp.int32(2))
+  wanted = jax.jit(functools.partial(run, None))(jnp.array(True), jnp.int32(2))
+  assert_close(found, wanted, leaf)
+  assert not np.array_equal(np.asarray(found[0]), np.asarray(run(None, False, jnp.int32(2))[0]))
+  row = jnp.arange(32.0)
+  with pytest.raises(ValueError, match="array of shape"):
+    step([leaf], None, rule=lambda g, w, v: (g * row, v))
+
+
+def test_exported_for_another_platform():
+  """No CPU's chunks in a program for CUDA, no kernel without a device to look at."""
+  leaf = make_leaf((32, 32))
+  call = jax.jit(lambda leaf: step([leaf], None))
+  args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf)
+  text = jax.export.export(call, platforms=("cuda",))(args).mlir_module()
+  assert "optimization_barrier" not in text and "mosaic" not in text
+  assert "optimization_barrier" in jax.export.export(call, platforms=("cpu",))(args).mlir_module()

@@ -451,3 +451,100 @@ def test_mu_dtype_alone_is_optax():
   _, state = lowmem.init(tx, make_params())
   assert optax.tree.get(state, "mu")["kernel"].dtype == jnp.bfloat16
   assert isinstance(optax.tree.get(state, "nu")["kernel"], Blocks)
+
+
+def stepped(tx, params, grads, count=1):
+  """(step, update and apply_updates) on the same gradients, as master weights."""
+  a = b = lowmem.init(tx, params)
+  for _ in range(count):
+    a, b = step_of(tx)(grads(a[0]), a[1], a[0]), update_of(tx)(grads(b[0]), b[1], b[0])
+  return lowmem.master_params(*a), lowmem.master_params(*b)
+
+
+def of_ones(factor):
+  return lambda params: jax.tree.map(lambda x: jnp.full(x.shape, factor, x.dtype), params)
+
+
+MIXED = {"w": jnp.full((4, 64), 0.5), "n": jnp.full(8, 0.5)}
+
+
+def by_rank(path, leaf):
+  return "fp32" if jnp.ndim(leaf) == 1 else "bf16+8"
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: lowmem.sgd(0.1, 0.9, weights=by_rank),
+    lambda: lowmem.sgd(0.1, weights="fp32"),
+    lambda: lowmem.sgd(0.1, 0.9, accumulator_dtype=jnp.bfloat16),
+    lambda: optax.partition({"a": lowmem.sgd(0.1), "b": optax.sgd(0.1)}, {"w": "a", "n": "b"}),
+    lambda: optax.chain(optax.clip(1.0), lowmem.sgd(0.1, weights=by_rank)),
+  ],
+)
+def test_a_loss_scale_reaches_every_leaf(make):
+  """With a format, without one, with Optax's statistics: unscaled once (sgd does not hide it)."""
+  tx = lowmem.static_loss_scale(make(), 2.0**10)
+  for found, wanted in zip(
+    *map(jax.tree.leaves, stepped(tx, MIXED, of_ones(2.0**10))), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+    np.testing.assert_allclose(found, 0.4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("bad", ["w", "n"])
+def test_nested_loss_scales(bad):
+  """What either scale skips does not move."""
+  inner = {"a": lowmem.dynamic_loss_scale(lowmem.sgd(0.1), 1.0), "b": lowmem.sgd(0.1)}
+  tx = lowmem.dynamic_loss_scale(optax.partition(inner, {"w": "a", "n": "b"}), 1.0)
+  params, state = lowmem.init(tx, MIXED)
+  grads = of_ones(1.0)(params)
+  grads[bad] = grads[bad].at[0].set(jnp.nan)
+  new, new_state = step_of(tx)(grads, state, params)
+  assert_trees_equal(new, params)
+
+
+def test_a_mask_sees_float32():
+  """A callable mask gets what an inner transformation gets, in step as in update."""
+  mask = lambda tree: jax.tree.map(lambda x: x.dtype == jnp.float32, tree)
+  tx = lowmem.adamw(0.1, weight_decay=1.0, mask=mask)
+  for found, wanted in zip(*map(jax.tree.leaves, stepped(tx, MIXED, of_ones(0.0))), strict=True):
+    np.testing.assert_allclose(found, 0.45, rtol=1e-2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_x64_and_a_traced_learning_rate():
+  with jax.enable_x64(True):
+    params32 = {"w": jnp.full((4, 64), 0.5, jnp.float32)}
+
+    @jax.jit
+    def f(lr):
+      tx = lowmem.adamw(lr)
+      params, state = lowmem.init(tx, params32)
+      return lowmem.step(tx, of_ones(1.0)(params), state, params)[0]["w"]
+
+    assert f(jnp.float64(0.1)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(f(jnp.float64(0.1))), 0.4, rtol=1e-2)
+
+
+def test_without_jit_and_differentiated():
+  tx = lowmem.sgd(0.1, weights="bf16+16")
+  with jax.disable_jit():
+    params, state = lowmem.init(tx, MIXED)
+    new, _ = lowmem.step(tx, of_ones(1.0)(params), state, params)
+  np.testing.assert_allclose(np.float32(new["w"]), 0.4, rtol=1e-2)
+
+  def outer(x):
+    params, state = lowmem.init(tx, MIXED)
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, x).astype(p.dtype), params)
+    _, state = lowmem.step(tx, grads, state, params)
+    return x * jnp.sum(state.step)
+
+  assert jax.grad(outer)(2.0) == 1.0
+
+
+def test_mosaic_gpu_with_optax_statistics_is_refused():
+  tx = lowmem.adamw(1e-2, mu_dtype=jnp.bfloat16, implementation="mosaic_gpu")
+  params, state = lowmem.init(tx, MIXED)
+  with pytest.raises(ValueError, match="mu_dtype"):
+    lowmem.step(tx, of_ones(1.0)(params), state, params)
