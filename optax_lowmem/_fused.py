@@ -134,10 +134,10 @@ def fused(
       """The gradient to read, and what it is to be multiplied by there."""
       g = gradients[name]
       _, scaled, factor = session.scaled.get(id(g), (g, g, None))
-      return (scaled, factor) if scaled.dtype.itemsize <= 4 else (g, None)
+      return (scaled, factor) if jnp.result_type(scaled).itemsize <= 4 else (g, None)
 
     def operands(name) -> Leaf:
-      parts = source(name)[0], weights_by_name[name], residuals.get(name)
+      parts = jnp.asarray(source(name)[0]), weights_by_name[name], residuals.get(name)
       return Leaf(*parts, list(stored[name].values()), streams[name])
 
     def kind_of(name) -> _Kind:
@@ -145,10 +145,10 @@ def fused(
       g, factor = source(name)
       # What a member in front computes (clipping) XLA fuses into its own passes; for a kernel it
       # writes a copy of the leaf's gradient, which must be a small part of all gradients.
-      is_copied = id(g) not in session.given and g.size * 16 > total
+      is_copied = id(g) not in session.given and jnp.size(g) * 16 > total
       how = "xla" if implementation is None and is_copied else implementation
-      is_scaled = factor is not None
-      return _Kind(decays.get(name), held.get(name), kinds, jnp.dtype(g.dtype), is_scaled, how)
+      parts = decays.get(name), held.get(name), kinds, jnp.result_type(g), factor is not None
+      return _Kind(*parts, how)
 
     new_weights, new_residuals = {}, {}
     new_statistics: dict[_Place, Any] = {}

@@ -548,3 +548,13 @@ def test_mosaic_gpu_with_optax_statistics_is_refused():
   params, state = lowmem.init(tx, MIXED)
   with pytest.raises(ValueError, match="mu_dtype"):
     lowmem.step(tx, of_ones(1.0)(params), state, params)
+
+
+def test_numpy_gradients():
+  """What is no JAX array is a gradient, too."""
+  params32 = {"w": jnp.full((4, 64), 0.5), "s": jnp.float32(0.5)}
+  tx = lowmem.static_loss_scale(lowmem.sgd(0.1), 2.0)
+  params, state = lowmem.init(tx, params32)
+  new, _ = lowmem.step(tx, {"w": np.full((4, 64), 2.0, np.float32), "s": 2.0}, state, params)
+  for x in jax.tree.leaves(new):
+    np.testing.assert_allclose(np.float32(x), 0.4, rtol=1e-2)
