@@ -14,7 +14,7 @@ PYTEST = -m pytest -q -n 2 --dist worksteal
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-demo: .venv/demo.stamp  ## train a GPT on Shakespeare in six formats (about 9 minutes on two cores), show table and figure
+demo: .venv/demo.stamp  ## train a GPT on Shakespeare in six formats (about 6 minutes on two cores), show table and figure
 	$(BIN)/python -m examples.shakespeare --out out
 
 test: .venv/test.stamp  ## all tests, with the newest JAX and the H100 compiler
