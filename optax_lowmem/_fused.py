@@ -98,16 +98,7 @@ def fused(
     held, quantized = state.formats, state.inner_state
     weights_by_name, gradients = _tree.named_leaves(params), _tree.named_leaves(updates)
     residuals = _check_residuals(state.residuals, weights_by_name, held)
-    if callable(mask):  # which sees what an inner transformation sees
-      masks = mask(
-        _tree.map_named(lambda name, g: g.astype(jnp.float32) if held.get(name) else g, updates)
-      )
-    else:
-      masks = mask
-    decays = {}
-    if masks is not None:  # perhaps a prefix
-      spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), masks, updates)
-      decays = _tree.named_leaves(spread)
+    masks, decays = _evaluated(mask, updates, held)
 
     # Counters, and leaves without a format, are left to Optax.
     def rest(tree):
@@ -173,6 +164,19 @@ def fused(
     )
 
   return optax.GradientTransformationExtraArgs(composed.init, update_fn)
+
+
+def _evaluated(mask, updates, held):
+  """A mask as Optax takes it, and by name of the leaf."""
+  if callable(mask):  # which sees what an inner transformation sees
+    mask = mask(
+      _tree.map_named(lambda name, g: g.astype(jnp.float32) if held.get(name) else g, updates)
+    )
+  if mask is None:
+    return None, {}
+  # Perhaps a prefix.
+  spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), mask, updates)
+  return mask, _tree.named_leaves(spread)
 
 
 class _Kind(NamedTuple):
