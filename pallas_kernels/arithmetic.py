@@ -129,6 +129,16 @@ def as_float32(x):
   return widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
 
 
+def rounded(x):
+  """A product that is going to be added to something, rounded to float32 first.
+
+  A compiler may contract a multiplication and an addition to one operation
+  that rounds once, in one program and not in another. It cannot see that this
+  changes nothing. (It removes `jax.lax.reduce_precision`.)
+  """
+  return jax.lax.select(x == x, x, jnp.full_like(x, jnp.nan))
+
+
 def split_values(x, fmt: DeltaFormat, bits):
   """float32 -> (low, delta): see `pallas_kernels.split`.
 

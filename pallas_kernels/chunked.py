@@ -36,22 +36,24 @@ def sizes(shape: tuple[int, ...]) -> list[int]:
   return [CHUNK, blocks % CHUNK] if blocks % CHUNK else [CHUNK]
 
 
-def step(rule, formats, gradient, low, delta, statistics, stream, when):
-  """`fused_update`'s arguments and results; the rule closes over no array."""
+def step(rule, formats, gradient, low, delta, statistics, stream, when, index=None):
+  """`fused_update_leaves`' arguments and results; the rule closes over no array."""
   state = (low, delta, statistics)
   in_blocks = lambda x: x.reshape(-1, BLOCK) if x.size == low.size else x.reshape(-1)
-  flat, gradient = jax.tree.map(in_blocks, state), in_blocks(gradient)
+  flat, gradient = jax.tree.map(in_blocks, state), gradient.reshape(-1, BLOCK)
   blocks = gradient.shape[0]
+  first = 0 if index is None else jnp.asarray(index).astype(jnp.int32) * blocks
 
   def at(start, count: int, flat):
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, count)
+    cut = lambda x, start=first + start: jax.lax.dynamic_slice_in_dim(x, start, count)
     # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
-    row = jax.lax.broadcasted_iota(_U32, (count, 1), 0) + jnp.asarray(start).astype(_U32)
-    index = row * _U32(BLOCK) + jax.lax.broadcasted_iota(_U32, (count, BLOCK), 1)
+    row = jax.lax.broadcasted_iota(_U32, (count, 1), 0) + jnp.asarray(first + start).astype(_U32)
+    place = row * _U32(BLOCK) + jax.lax.broadcasted_iota(_U32, (count, BLOCK), 1)
     cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
-    stored = cut(gradient), cut_low, cut_delta, cut_statistics
-    new = _chunk(rule, formats, *stored, index, stream, when)
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, 0), flat, new)
+    stored = cut(gradient, start), cut_low, cut_delta, cut_statistics
+    new = _chunk(rule, formats, *stored, place, stream, when)
+    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first + start, 0)
+    return jax.tree.map(put, flat, new)
 
   whole = blocks // CHUNK if blocks >= 2 * CHUNK else 0
   if whole:
@@ -61,10 +63,10 @@ def step(rule, formats, gradient, low, delta, statistics, stream, when):
   return jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
 
 
-def _chunk(rule, formats, gradient, low, delta, statistics, index, stream, when):
+def _chunk(rule, formats, gradient, low, delta, statistics, place, stream, when):
   """The step of [blocks, 32] values; scales are [blocks]."""
   fmt, statistic_formats = formats
-  bits = lambda lane: element_bits((stream[0], stream[1]), index, lane=lane)
+  bits = lambda lane: element_bits((stream[0], stream[1]), place, lane=lane)
   gradient = arithmetic.as_float32(gradient)
   wide = None if delta is None else delta.astype(jnp.int32)
   master = arithmetic.merge_values(low, wide, fmt)
@@ -84,8 +86,10 @@ def _chunk(rule, formats, gradient, low, delta, statistics, index, stream, when)
     scale_code = state_formats.scale_code(state_formats.magnitude_bits(largest), f)
     scale = _keep(arithmetic.low_of(scale_code, jnp.bfloat16))
     new_statistics.append(Blocks(state_formats.encode(x, scale, f, draw), scale))
-  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
-  word, old_word = _word(new_low, new_wide), _word(low, wide)
+  word = old_word = _word(low, wide)
+  if update is not None:
+    update = arithmetic.rounded(update)
+    word = _word(*arithmetic.apply_values(low, wide, update, fmt, bits(0)))
   if when is not None:
     word, new_statistics = jax.tree.map(
       lambda x, y: jnp.where(when, x, y), (word, new_statistics), (old_word, statistics)

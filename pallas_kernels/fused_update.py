@@ -27,7 +27,7 @@ from pallas_kernels import (
 from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.hoist import hoist
-from pallas_kernels.random_bits import key_words, random_bits, statistic_bits, stream_keys
+from pallas_kernels.random_bits import Part, key_words, random_bits, statistic_bits, stream_keys
 from pallas_kernels.state_formats import BLOCK, Blocks, StateFormat
 
 Rule = Callable[[jax.Array, jax.Array, list[jax.Array]], tuple[jax.Array, list[jax.Array]]]
@@ -91,11 +91,18 @@ def fused_update(
 
 def fused_update_leaves(
   rule: Rule, leaves: Sequence["Leaf"], fmt: DeltaFormat, statistic_formats, when,
-  implementation: launch.Implementation | None,
+  implementation: launch.Implementation | None, index: jax.Array | None = None,
 ) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
-  """`fused_update` of leaves with the same rule and formats, as one kernel where it is one."""
+  """`fused_update` of leaves with the same rule and formats, as one kernel where it is one.
+
+  With an index, each leaf but its gradient is a stack of arrays, of which the
+  one at that place is stepped: in place, with the random bits of the stack's
+  elements. An array of a stack is no scalar.
+
+  A rule that returns None for the update leaves the weight as it is.
+  """
   for leaf in leaves:
-    _check(leaf, fmt, statistic_formats)
+    _check(leaf, fmt, statistic_formats, index)
   formats = (fmt, tuple(statistic_formats))
   leaves, reason = list(leaves), _unfit(fmt, statistic_formats)
   if implementation is not None:
@@ -103,27 +110,27 @@ def fused_update_leaves(
     implementation = launch.resolve(implementation, low, residual_bits=fmt.residual_bits)
   if implementation == "mosaic_gpu" and reason:
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
-  shapes = [leaf.low.shape for leaf in leaves]
-  takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes))
+  shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
+  takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes + stacks))
   if implementation == "mosaic_gpu" and takes_kernel:
     scalars, rules = _hoisted(rule, formats, launch_blocks.tile_rows(shapes))
-    return _kernel(rules, formats, scalars, leaves, when)
+    return _kernel(rules, formats, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
   whole = functools.partial(_xla_leaves, rule, formats)
-  sizes = []
-  if all(chunked.takes(shape, fmt) for shape in shapes):
+  sizes: list[int] = []
+  if all(chunked.takes(shape, fmt) for shape in stacks):
     sizes += [n for shape in shapes for n in chunked.sizes(shape)]
   is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
   if is_kernel:
     sizes += launch_blocks.tile_rows(shapes)
   if not sizes or _is_wide(rule, formats):
-    return whole(leaves, when)
+    return whole(leaves, when, index)
   # A program for a device closes over no tracer, as the rule may.
   scalars, rules = _hoisted(rule, formats, sizes)
-  closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when)
+  closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when, index)
 
   def any_device(consts, scalars, *operands):
     del scalars
@@ -139,7 +146,7 @@ def fused_update_leaves(
     return _kernel(rules, formats, scalars, *operands)
 
   programs = {"any": any_device, "cpu": one_cpu} | ({"mosaic_gpu": kernel} if is_kernel else {})
-  return by_device(programs, closed.consts, scalars, leaves, when)
+  return by_device(programs, closed.consts, scalars, leaves, when, index)
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -169,10 +176,10 @@ class Leaf(NamedTuple):
   stream: jax.Array
 
 
-def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats):
+def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
   gradient, low, delta, statistics, _ = leaf
   checks.residual(low, delta, fmt)
-  if gradient.shape != low.shape:
+  if gradient.shape != low.shape[0 if index is None else 1 :]:
     raise ValueError(f"The gradient has the weight's shape {low.shape}; got {gradient.shape}.")
   if not jnp.issubdtype(gradient.dtype, jnp.floating):
     raise TypeError(f"The gradient is a real float; got {gradient.dtype}.")
@@ -198,23 +205,34 @@ def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
   return ""
 
 
-def _xla_leaves(rule, formats, leaves, when):
+def _xla_leaves(rule, formats, leaves, when, index):
   """The step as an XLA program; leaves of one shape are traced once."""
-  xla = jax.jit(functools.partial(_xla, rule, formats))
-  return [xla(leaf, when) for leaf in leaves]
+  xla = jax.jit(functools.partial(_xla if index is None else _xla_in_stack, rule, formats))
+  return [xla(leaf, when, index) for leaf in leaves]
 
 
-def _xla(rule, formats, leaf: Leaf, when):
+def _xla_in_stack(rule, formats, leaf: Leaf, when, index):
+  stack = leaf[1:4]
+  stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+  part = Part(index, leaf.low.shape[0])
+  new = _xla(rule, formats, Leaf(leaf.gradient, *stored, leaf.stream), when, part)
+  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
+  return jax.tree.map(put, stack, new)
+
+
+def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
   gradient, low, delta, statistics, stream = leaf
   fmt, statistic_formats = formats
-  bits = functools.partial(random_bits, stream, low.shape)
+  bits = functools.partial(random_bits, stream, low.shape, part=part)
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = arithmetic.merge_values(low, wide, fmt)
 
+  portable = _portable(rule, low.shape, len(statistics))
+
   def run(stored):
     values = map(state_formats.dequantize, stored, statistic_formats)
-    return rule(gradient, master, list(values))
+    return portable(gradient, master, list(values))
 
   update, values = run(statistics)
   scales = [
@@ -233,11 +251,26 @@ def _xla(rule, formats, leaf: Leaf, when):
     state_formats.quantize(x, f, statistic_bits(bits, i), scales[i])
     for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True))
   ]
-  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
-  new = new_low, packing.pack(new_wide, fmt), new_statistics
+  new = low, delta, new_statistics
+  if update is not None:
+    update = arithmetic.rounded(update)
+    new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
+    new = new_low, packing.pack(new_wide, fmt), new_statistics
   if when is None:
     return new
   return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
+
+
+def _portable(rule: Rule, shape: tuple[int, ...], count: int) -> Rule:
+  """The rule on arrays of a shape, with the same bits in whatever program."""
+  struct = jax.ShapeDtypeStruct(shape or (1,), jnp.float32)
+  scalars, rest = hoist(rule, (struct, struct, [struct] * count))
+
+  def call(*args):
+    args = jax.tree.map(lambda x: x.reshape(struct.shape), args)
+    return jax.tree.map(lambda x: x.reshape(shape), rest(scalars, *args))
+
+  return call
 
 
 def _is_wide(rule, formats) -> bool:
@@ -257,18 +290,18 @@ def _hoisted(rule, formats, sizes: Sequence[int]):
   return scalars[0], dict(zip(sizes, rules, strict=True))
 
 
-def _bound(rules, scalars) -> Rule:
+def _bound(rules, scalars, contracts: bool = False) -> Rule:
   """The rule again, on arrays of some of the sizes."""
-  return lambda g, w, values: rules[len(g)](scalars, g, w, values)
+  return lambda g, w, values: rules[len(g)](scalars, g, w, values, contracts=contracts)
 
 
-def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when):
+def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when, index):
   """The step as an XLA program for one CPU."""
   rule = _bound(rules, scalars)
-  return [chunked.step(rule, formats, *leaf, when) for leaf in leaves]
+  return [chunked.step(rule, formats, *leaf, when, index) for leaf in leaves]
 
 
-def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
+def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when, index):
   """The step as a Mosaic GPU kernel."""
   fmt, statistic_formats = formats
 
@@ -280,8 +313,11 @@ def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
       state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
       for x_T, f in zip(rest_T, statistic_formats, strict=True)
     ]
-    update_T, new_T = _bound(rules, scalars)(arithmetic.as_float32(gradient_T), master_T, old_T)
-    low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
+    update_T, new_T = _bound(rules, scalars, True)(
+      arithmetic.as_float32(gradient_T), master_T, old_T
+    )
+    if update_T is not None:
+      low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
     values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(values_T[1].dtype)]
     new_scales_K = []
     for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
@@ -299,7 +335,7 @@ def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when):
     return launch_blocks.BlockLeaf(leaf.stream, blocks(leaf.gradient), refs, scale_refs)
 
   block_leaves = [operands(leaf) for leaf in leaves]
-  launch_blocks.blockwise(tile, block_leaves, scalars, when)
+  launch_blocks.blockwise(tile, block_leaves, scalars, when, index)
   return [_frozen(leaf, written) for leaf, written in zip(leaves, block_leaves, strict=True)]
 
 

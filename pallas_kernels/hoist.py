@@ -1,10 +1,22 @@
-"""hoist: an elementwise function, split into scalars that are computed once and the rest."""
+"""hoist: an elementwise function, split into scalars that are computed once and the rest.
+
+The rest can be evaluated so that its bits do not depend on the program that it
+is compiled in: no multiplication is contracted with an addition.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import Literal
+
+from pallas_kernels.arithmetic import rounded
+
+# What no compiler contracts with an addition; everything else may be, or hand on, a product.
+_NO_PRODUCTS = {
+  "add", "sub", "div", "sqrt", "rsqrt", "cbrt", "max", "min", "clamp", "select_n", "sign", "abs",
+  "exp", "log", "pow", "tanh", "logistic", "floor", "ceil", "round",
+}  # fmt: skip
 
 
 def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
@@ -18,9 +30,10 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     structs: its arguments, a tuple of trees of `jax.ShapeDtypeStruct`.
 
   Returns:
-    The scalars, and a function `rest(scalars, *args)` that closes over no
-    tracer. A division by one of them is a multiplication by its reciprocal
-    (an error of 1 ulp, for divisors up to 2**126).
+    The scalars, and a function `rest(scalars, *args, contracts=False)` that
+    closes over no tracer. A division by one of them is a multiplication by its
+    reciprocal (an error of 1 ulp, for divisors up to 2**126). With contracts,
+    multiplications and additions may be contracted.
   """
   closed, out = jax.make_jaxpr(f, return_shape=True)(*structs)
   # Once more, without functions under jit, which may compute scalars and arrays.
@@ -32,7 +45,7 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
   for eqn in jaxpr.eqns:
     is_scalar = all(isinstance(x, Literal) or x in known for x in eqn.invars)
     if is_scalar and all(getattr(x.aval, "shape", None) == () for x in eqn.outvars):
-      _evaluate(eqn, known)
+      _evaluate(eqn, known, known)
     else:
       kept.append(eqn)
 
@@ -52,26 +65,31 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
 
   for eqn in kept:
     for i, var in enumerate(eqn.invars):
-      if isinstance(var, Literal) or var not in known:
+      if not _is_in(var, known):
         continue
-      is_float = jax.numpy.issubdtype(jax.numpy.result_type(known[var]), jax.numpy.floating)
-      if eqn.primitive is jax.lax.div_p and i == 1 and is_float:
+      if eqn.primitive is jax.lax.div_p and i == 1 and _is_float(known[var]):
         passed(inverted, var, 1 / known[var])
       else:
         passed(used, var, known[var])
   for var in jaxpr.outvars:
-    if not isinstance(var, Literal) and var in known:
+    if _is_in(var, known):
       passed(used, var, known[var])
+  scalars = [rounded(x) if _is_float(x) else x for x in scalars]
+  may_be_products = {*jaxpr.invars} | {
+    var
+    for eqn in kept
+    for var in eqn.outvars
+    if eqn.primitive.name not in _NO_PRODUCTS or _is_in(eqn.invars[-1], inverted)
+  }
 
-  def rest(values, *args):
+  def rest(values, *args, contracts=False):
     env = {var: values[i] for var, i in used.items()}
     env |= dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
     for eqn in kept:
-      divisor = eqn.invars[-1] if eqn.primitive is jax.lax.div_p else None
-      if not isinstance(divisor, Literal) and divisor in inverted:
-        env[eqn.outvars[0]] = _read(env, eqn.invars[0]) * values[inverted[divisor]]
+      if eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
+        env[eqn.outvars[0]] = _read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
       else:
-        _evaluate(eqn, env)
+        _evaluate(eqn, env, frozenset() if contracts else may_be_products)
     return jax.tree.unflatten(jax.tree.structure(out), [_read(env, x) for x in jaxpr.outvars])
 
   return scalars, rest
@@ -97,8 +115,21 @@ def _read(env, var):
   return var.val if isinstance(var, Literal) else env[var]
 
 
-def _evaluate(eqn, env):
+def _evaluate(eqn, env, products=frozenset()):
+  """Adds an equation's results to env; of a sum, rounds the terms that are in products."""
   params = eqn.primitive.get_bind_params(eqn.params)
-  results = eqn.primitive.bind(*(_read(env, x) for x in eqn.invars), **params)
+  operands = [_read(env, x) for x in eqn.invars]
+  if eqn.primitive in (jax.lax.add_p, jax.lax.sub_p) and _is_float(operands[0]):
+    pairs = zip(eqn.invars, operands, strict=True)
+    operands = [rounded(x) if _is_in(var, products) else x for var, x in pairs]
+  results = eqn.primitive.bind(*operands, **params)
   results = results if eqn.primitive.multiple_results else [results]
   env |= dict(zip(eqn.outvars, results, strict=True))
+
+
+def _is_in(var, variables) -> bool:
+  return not isinstance(var, Literal) and var in variables
+
+
+def _is_float(x) -> bool:
+  return jax.numpy.issubdtype(jax.numpy.result_type(x), jax.numpy.floating)

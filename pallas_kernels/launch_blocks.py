@@ -52,8 +52,9 @@ class BlockLeaf(NamedTuple):
   Attributes:
     key: uint32 [2], the stream's words.
     read: what is only read, [blocks, 32].
-    refs: what is replaced, likewise, of at most 16 bits a value.
-    scale_refs: what is replaced, bfloat16 [blocks].
+    refs: what is replaced, likewise, of at most 16 bits a value; or a stack of
+      such arrays, [count * blocks, 32].
+    scale_refs: what is replaced, bfloat16 [blocks] or [count * blocks].
   """
 
   key: jax.Array
@@ -67,6 +68,7 @@ def blockwise(
   leaves: Sequence[BlockLeaf],
   scalars: Sequence[jax.Array],
   when: jax.Array | None,
+  index: jax.Array | None = None,
 ):
   """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
@@ -77,20 +79,23 @@ def blockwise(
     leaves: the arrays.
     scalars: what tile's scalars are (float32, or exact in it: bools, integers).
     when: a bool: where it is False nothing is written; or None.
+    index: an integer: which arrays of stacks are meant; or None.
   """
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
-  groups = _groups([leaf.refs[0].shape[0] for leaf in leaves])
+  indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
+  groups = _groups([leaf.read.shape[0] for leaf in leaves])
   table = np.concatenate([group.table for group in groups])
   tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
-  operands, treedef = jax.tree.flatten((numbers, flags, tables, list(leaves)))
+  operands, treedef = jax.tree.flatten((numbers, flags, indices, tables, list(leaves)))
 
   def body(*refs):
     unflattened = jax.tree.unflatten(treedef, refs[: len(operands)])
-    number_refs, flag_refs, table_refs, leaf_refs = unflattened
+    number_refs, flag_refs, index_refs, table_refs, leaf_refs = unflattened
     program = jax.lax.axis_index("tile")
     numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
     taken = [flag_refs[0][0] != 0] if flag_refs else []
+    index = index_refs[0][0] if index_refs else None
     first = 0
     for group in groups:
 
@@ -100,7 +105,7 @@ def blockwise(
           place = table_refs[0][program, 0], table_refs[0][program, 1]
         else:
           place = None, (program - first) * group.rows + int(group.table[0, 1])
-        _run_tile(tile, group.rows, mine, *place, numbers, refs[len(operands) :])
+        _run_tile(tile, group.rows, mine, *place, index, numbers, refs[len(operands) :])
 
       last = first + len(group.table)
       conditions = taken + ([(program >= first) & (program < last)] if len(groups) > 1 else [])
@@ -163,22 +168,29 @@ def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
   return [group.rows for group in _groups([math.prod(shape) // BLOCK for shape in shapes])]
 
 
-def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, scalars, shared_refs):
+def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, index, scalars, shared_refs):
   """One tile, in a kernel: of the only array, or of number `which`."""
-  layout, blocks = _block_layout(rows), pl.ds(start, rows)
+  layout = _block_layout(rows)
+
+  def first(leaf: BlockLeaf):
+    """The tile's first block, in the array and in the stack."""
+    return start, start if index is None else index * leaf.read.shape[0] + start
 
   def load(leaf: BlockLeaf):
-    def array(ref, layout=layout):
-      return plgpu.load(ref.at[blocks], layout=layout, optimized=False)
+    in_array, in_stack = first(leaf)
+
+    def array(ref, first=in_stack, layout=layout):
+      return plgpu.load(ref.at[pl.ds(first, rows)], layout=layout, optimized=False)
 
     return (
-      (leaf.key[0], leaf.key[1]),
-      array(leaf.read),
+      (leaf.key[0], leaf.key[1], in_stack),
+      array(leaf.read, in_array),
       [array(ref) for ref in leaf.refs],
-      [array(ref, layout.reduce(1)) for ref in leaf.scale_refs],
+      [array(ref, layout=layout.reduce(1)) for ref in leaf.scale_refs],
     )
 
   def store(leaf: BlockLeaf, values, scales):
+    blocks = pl.ds(first(leaf)[1], rows)
     for ref, value in zip(leaf.refs, values, strict=True):
       if rows == _ROWS[0]:
         ref[blocks] = value
@@ -199,10 +211,10 @@ def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, scalars, s
     branches = [functools.partial(f, leaf) for leaf in leaves]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  words, read, values, scales = choose(load)
+  (*words, in_stack), read, values, scales = choose(load)
   row, column = (
     plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
   )
-  index = (row + start.astype(jnp.uint32)) * jnp.uint32(BLOCK) + column
-  bits = lambda lane: element_bits(words, index, lane=lane)
+  place = (row + in_stack.astype(jnp.uint32)) * jnp.uint32(BLOCK) + column
+  bits = lambda lane: element_bits(words, place, lane=lane)
   choose(store, *tile(bits, scalars, read, values, scales))

@@ -34,6 +34,7 @@ Dieharder battery by `benchmarks/random_stream.py`, whose output is kept in
 from collections.abc import Callable, Sequence
 import hashlib
 import math
+from typing import NamedTuple
 
 import jax
 import jax.extend.random
@@ -43,6 +44,18 @@ import numpy as np
 _U32 = jnp.uint32
 # Odd, with bits spread evenly: 2**32 over the golden ratio, and two of xxHash's primes.
 _LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
+
+
+class Part(NamedTuple):
+  """Which array of a stack is meant: x[index] of x [count, ...].
+
+  Attributes:
+    index: an integer scalar, perhaps traced.
+    count: the length of the stack's first axis.
+  """
+
+  index: jax.typing.ArrayLike
+  count: int
 
 
 def key_words(key: jax.typing.ArrayLike) -> jax.Array:
@@ -170,26 +183,33 @@ def place(coordinates, shape: tuple[int, ...]):
   return low, high
 
 
-def element_index(shape: tuple[int, ...]):
-  """Every element's `place` in an array.
+def element_index(shape: tuple[int, ...], part: Part | None = None):
+  """Every element's `place` in an array, or in the stack that it is a part of.
 
   Sums of iotas, which XLA computes in registers and partitions along any axis.
   """
-  iotas = [jax.lax.broadcasted_iota(_U32, shape, axis) for axis in range(len(shape))]
-  low, high = place(iotas, shape)
+  coordinates = [jax.lax.broadcasted_iota(_U32, shape, axis) for axis in range(len(shape))]
+  whole = shape
+  if part is not None:
+    coordinates.insert(0, jnp.asarray(part.index).astype(_U32))
+    whole = (part.count, *shape)
+  low, high = place(coordinates, whole)
   return jnp.broadcast_to(low, shape), high
 
 
-def random_bits(key: jax.Array, shape: tuple[int, ...], lane: int = 0) -> jax.Array:
-  """The stream of a whole array.
+def random_bits(
+  key: jax.Array, shape: tuple[int, ...], lane: int = 0, part: Part | None = None
+) -> jax.Array:
+  """The stream of a whole array, or of a part of it.
 
   Args:
     key: uint32 [2], one row of `stream_keys`.
-    shape: the array's shape.
+    shape: the array's shape, or the part's.
     lane: see `element_bits`.
+    part: where the array is one of several that are stacked.
 
   Returns:
     uint32 of that shape.
   """
-  low, high = element_index(shape)
+  low, high = element_index(shape, part)
   return element_bits((key[0], key[1]), low, high, lane)

@@ -223,6 +223,7 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
   # A kernel divides once a block; nothing is divided where everything is zero.
   top = 1.0 if fmt.name == "fp16" else fmt.top * (1 << 15 if fmt.is_square else 1)
   scale_KxB = _along(scale_K, x_KxB.shape)
+  # No product may be contracted with what is added to it (`arithmetic.rounded`): |ratio| is none.
   ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(
@@ -230,7 +231,7 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
     )
   # Upwards with the probability that keeps the mean.
   if fmt.is_square:  # 15 binary places and as many random bits
-    c = (_nearest(ratio) + (bits_KxB >> _U32(17))) >> _U32(15)
+    c = (_nearest(jnp.abs(ratio)) + (bits_KxB >> _U32(17))) >> _U32(15)
     c = jnp.where(x_KxB > 0, jnp.maximum(c, _U32(1)), c)
     return jnp.minimum(c, _U32(fmt.levels)).astype(fmt.dtype)
   # Between c**2 and (c + 1)**2; of an exact square c may be one less, and is then always raised.

@@ -15,7 +15,7 @@ import optax_lowmem as lowmem
 import pallas_kernels
 from pallas_kernels import chunked, launch_blocks, state_formats
 from pallas_kernels.by_device import by_device
-from pallas_kernels.fused_update import Leaf, _xla, fused_update_leaves
+from pallas_kernels.fused_update import Leaf, _xla, _xla_in_stack, fused_update_leaves
 from pallas_kernels.hoist import hoist
 from pallas_kernels.random_bits import key_words, random_bits, stream_keys
 from pallas_kernels.state_formats import Blocks, StateFormat
@@ -50,10 +50,12 @@ def make_leaf(shape, fmt="bf16+8", statistic_formats=INT8, seed=0, dtype=None) -
   return Leaf(g.astype(dtype or fmt.dtype), low, delta, stored, stream)
 
 
-def step(leaves, implementation, fmt="bf16+8", statistic_formats=INT8, when=None, rule=adam):
+def step(
+  leaves, implementation, fmt="bf16+8", statistic_formats=INT8, when=None, rule=adam, index=None
+):
   fmt = lowmem.DeltaFormat.parse(fmt)
   call = functools.partial(
-    fused_update_leaves, rule, leaves, fmt, statistic_formats, when, implementation
+    fused_update_leaves, rule, leaves, fmt, statistic_formats, when, implementation, index
   )
   if implementation != "mosaic_gpu":
     return call()
@@ -79,7 +81,7 @@ def assert_close(found, wanted, leaf, fmt="bf16+8"):
   size = np.maximum(np.maximum(np.abs(a), np.abs(b)), 2.0**-14)
   assert np.all(np.abs(a - b) <= 2.0 ** (1 - min(mantissa, 20)) * size + 1e-8)
   if a.size > 500 and mantissa < 20:
-    assert np.mean(a != b) < 0.01
+    assert np.mean(a != b) < (0.01 if mantissa < 18 else 0.03)
   for x, y in zip(found[2], wanted[2], strict=True):
     if not isinstance(x, Blocks):
       x, y = (np.asarray(t).view(np.int16).astype(int) for t in (x, y))
@@ -121,13 +123,13 @@ def test_kernel_any_gradient(dtype):
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("fmt", ["bf16+0", "bf16+8", "bf16+16", "fp16+8"])
 def test_chunks(fmt, statistics, monkeypatch):
-  """On a CPU: several chunks and a shorter last one, in a loop."""
+  """On a CPU: several chunks and a shorter last one, in a loop; plain XLA's bits."""
   monkeypatch.setattr(chunked, "CHUNK", 5)
   formats = STATISTICS[statistics]
   leaf = make_leaf((13, 64), fmt, formats)
   assert chunked.sizes(leaf.low.shape) == [5, 1]
-  assert_close(step([leaf], None, fmt, formats)[0], plain(leaf, fmt, formats), leaf, fmt)
-  assert_close(step([leaf], "xla", fmt, formats)[0], plain(leaf, fmt, formats), leaf, fmt)
+  assert_trees_equal(step([leaf], None, fmt, formats)[0], plain(leaf, fmt, formats))
+  assert_trees_equal(step([leaf], "xla", fmt, formats)[0], plain(leaf, fmt, formats))
 
 
 def test_extreme_gradients():
@@ -169,6 +171,70 @@ def test_a_group_is_its_leaves():
   together = step(leaves, "mosaic_gpu")
   alone = [step([leaf], "mosaic_gpu")[0] for leaf in leaves]
   assert_trees_equal(together, alone)
+
+
+STACKS = [
+  *((shape, "bf16+8") for shape in [(3, 4, 64), (3, 1, 32), (2, 37), (4, 96), (3, 0), (5, 33, 64)]),
+  *(((2, 2, 3, 40), fmt) for fmt in ("bf16+3", "fp16+16")),
+]
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu", "plain"])
+@pytest.mark.parametrize("shape, fmt", STACKS, ids=str)
+def test_stacks(shape, fmt, implementation, monkeypatch):
+  """One array of a stack after the other is the stack at once, bit for bit."""
+  monkeypatch.setattr(chunked, "CHUNK", 5)
+  if fmt == "bf16+3" and implementation == "mosaic_gpu":
+    pytest.skip("needs packing")
+  leaf = make_leaf(shape, fmt)
+  if implementation == "plain":
+    wanted = plain(leaf, fmt)
+    call = jax.jit(
+      lambda leaf, i: _xla_in_stack(adam, (lowmem.DeltaFormat.parse(fmt), INT8), leaf, None, i)
+    )
+  else:
+    (wanted,) = step([leaf], implementation, fmt)
+    call = lambda leaf, i: step([leaf], implementation, fmt, index=i)[0]
+  found = leaf
+  for i in reversed(range(shape[0])):
+    old, now = found[1:4], jnp.int32(i)
+    found = leaf._replace(
+      **dict(
+        zip(
+          ("low", "delta", "statistics"),
+          call(found._replace(gradient=leaf.gradient[i]), now),
+          strict=True,
+        )
+      )
+    )
+    others = lambda tree: jax.tree.map(lambda x: np.delete(np.asarray(x), i, 0), tree)
+    assert_trees_equal(others(found[1:4]), others(old))
+  assert_trees_equal(found[1:4], wanted)
+
+
+def test_stacks_in_one_kernel():
+  """Several stacks in a launch, one of them skipped by `when`; a rule without an update."""
+  leaves = [make_leaf(shape, seed=i) for i, shape in enumerate([(3, 64, 32), (3, 32, 64)])]
+  at = lambda leaf, i: leaf._replace(gradient=leaf.gradient[i])
+  found = step([at(leaf, 1) for leaf in leaves], "mosaic_gpu", index=jnp.int32(1))
+  alone = [step([at(leaf, 1)], "mosaic_gpu", index=jnp.int32(1))[0] for leaf in leaves]
+  assert_trees_equal(found, alone)
+  skipped = step(
+    [at(leaf, 1) for leaf in leaves], "mosaic_gpu", when=jnp.array(False), index=jnp.int32(1)
+  )
+  assert_trees_equal(skipped, [leaf[1:4] for leaf in leaves])
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu", "plain"])
+def test_a_rule_without_an_update(implementation):
+  """The statistics move as they would; the weight stays."""
+  leaf = make_leaf((64, 32))
+  rule = lambda *args: (None, adam(*args)[1])
+  run = lambda rule: (
+    jax.jit(functools.partial(_xla, rule, (lowmem.DeltaFormat.parse("bf16+8"), INT8)))(leaf, None)
+    if implementation == "plain" else step([leaf], implementation, rule=rule)[0]
+  )  # fmt: skip
+  assert_trees_equal(run(rule), (*leaf[1:3], run(adam)[2]))
 
 
 def test_tiles_cover_each_block_once():
