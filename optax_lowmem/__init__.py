@@ -23,6 +23,7 @@ from optax_lowmem._optimizers import sgd as sgd
 from optax_lowmem._quantize_state import QuantizedState as QuantizedState
 from optax_lowmem._quantize_state import quantize_state as quantize_state
 from optax_lowmem._quantize_state import scale_by_adam as scale_by_adam
+from optax_lowmem._release import fused_backward as fused_backward
 from optax_lowmem._train_state import TrainState as TrainState
 from pallas_kernels import DeltaFormat as DeltaFormat
 from pallas_kernels import merge as merge

@@ -278,12 +278,14 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   return find
 
 
-def _streams(words, step, names: Iterable[str]) -> dict[str, jax.Array]:
+def _streams(
+  words, step, names: Iterable[str], micro_batch: jax.typing.ArrayLike = 0
+) -> dict[str, jax.Array]:
   """Each leaf's words of the random stream at a step, by name."""
   names = sorted(names)
   if not names:
     return {}
-  keys = stream_keys(words, step, [leaf_id(name) for name in names])
+  keys = stream_keys(words, step, [leaf_id(name) for name in names], micro_batch)
   return {name: keys[i] for i, name in enumerate(names)}
 
 

@@ -190,9 +190,19 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
       inner_state=inner.init(params),
     )
 
+  def advance(state, finite, inner_state) -> LossScaleState:
+    scale, growth_count = next_scale(state, finite)
+    return LossScaleState(
+      scale=scale,
+      growth_count=growth_count,
+      skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+      inner_state=inner_state,
+    )
+
   def update_fn(updates, state, params=None, **extra_args):
     inverse = 1.0 / state.scale
-    unscaled = jax.tree.map(lambda g: _unscale(g, inverse), updates)
+    unscaled = jax.tree.map(lambda g: unscale(g, inverse), updates)
     finite = _all_finite(unscaled)
     session = _session.current(_session.StepSession)
     if session is None:
@@ -203,18 +213,12 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     with guarded:
       new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
     weights = {} if params is None else _tree.named_leaves(params)
-    scale, growth_count = next_scale(state, finite)
-    new_state = LossScaleState(
-      scale=scale,
-      growth_count=growth_count,
-      skipped=state.skipped + (1 - finite.astype(jnp.int32)),
-      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-      inner_state=jax.tree.map(
-        lambda new, old: new if is_settled(new) else jnp.where(finite, new, old),
-        inner_state,
-        state.inner_state,
-      ),
+    inner_state = jax.tree.map(
+      lambda new, old: new if is_settled(new) else jnp.where(finite, new, old),
+      inner_state,
+      state.inner_state,
     )
+    new_state = advance(state, finite, inner_state)
 
     def keep(name, update):
       if not isinstance(update, _session.Landed):
@@ -225,10 +229,12 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
 
     return _tree.map_named(keep, new_updates), new_state
 
+  update_fn.inner, update_fn.advance = inner, advance  # type: ignore[attr-defined] # for release
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _unscale(g, inverse):
+def unscale(g, inverse):
+  """A gradient in float32 (or wider), times the factor; what has no derivative stays."""
   if not _tree.is_inexact(g):
     return g
   g = jnp.asarray(g)

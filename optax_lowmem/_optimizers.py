@@ -12,6 +12,7 @@ import optax
 
 from optax_lowmem._delta_bits import Weights
 from optax_lowmem._fused import fused
+from optax_lowmem._leaf_steps import Fold, Optimizer
 from optax_lowmem._quantize_state import DEFAULT, first_format
 from pallas_kernels.launch import Implementation
 from pallas_kernels.state_formats import Name
@@ -78,7 +79,8 @@ def adamw(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
 
-  return fused(make, mask, weights, formats, key, implementation)
+  fold = _adam_fold(b1, b2, nesterov)
+  return fused(Optimizer(make, mask, implementation, fold), weights, formats, key)
 
 
 def adam(
@@ -133,7 +135,8 @@ def adam(
     del mask  # there is no weight decay
     return optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
 
-  return fused(make, None, weights, formats, key, implementation)
+  fold = _adam_fold(b1, b2, nesterov)
+  return fused(Optimizer(make, None, implementation, fold), weights, formats, key)
 
 
 def lion(
@@ -182,7 +185,8 @@ def lion(
   def make(mask):
     return optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
 
-  return fused(make, mask, weights, formats, key, implementation)
+  fold = "lion's update is the sign of a sum in which the momentum does not occur as it is kept"
+  return fused(Optimizer(make, mask, implementation, fold), weights, formats, key)
 
 
 def sgd(
@@ -230,4 +234,26 @@ def sgd(
     del mask  # there is no weight decay
     return optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
 
-  return fused(make, None, weights, formats, key, implementation)
+  return fused(
+    Optimizer(make, None, implementation, _sgd_fold(momentum, nesterov)), weights, formats, key
+  )
+
+
+def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:
+  """What a micro-batch adds to Adam's moments, which decay only when the last one comes (AdamA)."""
+  if nesterov:
+    return "with nesterov=True the update needs the whole gradient besides the moments"
+  if any(isinstance(b, (int, float)) and b == 0 for b in (b1, b2)):
+    return "a moment with b1=0 or b2=0 keeps nothing of earlier micro-batches"
+
+  def fold(field: str, x, g):
+    return x + (1 - b1) / b1 * g if field == "mu" else x + (1 - b2) / b2 * (g * g)
+
+  return fold
+
+
+def _sgd_fold(momentum, nesterov: bool) -> Fold | str:
+  """What a micro-batch adds to SGD's accumulator, which decays when the last one comes."""
+  if momentum is None or nesterov or (isinstance(momentum, (int, float)) and momentum == 0):
+    return "the update of SGD needs the whole gradient, except with momentum and nesterov=False"
+  return lambda field, x, g: x + g / momentum

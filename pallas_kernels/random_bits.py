@@ -101,7 +101,10 @@ def leaf_id(path: str) -> tuple[int, int]:
 
 
 def stream_keys(
-  words: jax.Array, step: jax.typing.ArrayLike = 0, leaf_ids: Sequence[tuple[int, int]] = ((0, 0),)
+  words: jax.Array,
+  step: jax.typing.ArrayLike = 0,
+  leaf_ids: Sequence[tuple[int, int]] = ((0, 0),),
+  part: jax.typing.ArrayLike = 0,
 ) -> jax.Array:
   """The two words that key each leaf's stream at one step.
 
@@ -109,12 +112,13 @@ def stream_keys(
     words: raw key data, uint32 [2].
     step: the step's number, an integer scalar.
     leaf_ids: for each of L leaves, 64 bits that name it (`leaf_id`).
+    part: the number of a part of the step, an integer scalar; 0 is the step.
 
   Returns:
     uint32 [L, 2].
   """
   step_word = jnp.asarray(step).astype(_U32)
-  count = jnp.stack([step_word, jnp.zeros_like(step_word)])
+  count = jnp.stack([step_word, jnp.asarray(part).astype(_U32)])
   k = jax.extend.random.threefry_2x32((words[0], words[1]), count)
   first, second = zip(*leaf_ids, strict=True)
   flat = jnp.array([*first, *second], _U32)

@@ -1,0 +1,323 @@
+"""The leaves of an elementwise optimizer's step, each stepped alone or with others of its kind.
+
+`lowmem.step` steps all of them at once, a gradient-releasing backward pass each
+when its gradient is there. The state is that of
+`delta_bits(quantize_state(optax.X))`; the mathematics is Optax's: `update` of
+one bare array is the rule that `pallas_kernels.fused_update` applies to a leaf,
+or a kernel to a tile of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem import _tree
+from optax_lowmem._delta_bits import _check_residuals, _streams
+from optax_lowmem._quantize_state import owner
+from pallas_kernels import launch
+from pallas_kernels.fused_update import Leaf, fused_update_leaves, is_small
+from pallas_kernels.state_formats import Blocks, StateFormat
+
+MOST_IN_A_KERNEL = 16
+# Statistic's name, its value and the gradient -> what `accumulate` makes of it.
+Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
+class _Place(NamedTuple):
+  """What a leaf of the optimizer's state is.
+
+  Attributes:
+    path: where it stands in the state of one bare array (of another parameter
+      and without a weight format: where it stands).
+    parameter: the name of the parameter with a weight format whose statistic
+      it is, or None.
+    format: the statistic's.
+  """
+
+  path: tuple
+  parameter: str | None = None
+  format: StateFormat = StateFormat("fp32")
+
+
+class Gradient(NamedTuple):
+  """A gradient to be read by a leaf's step.
+
+  Attributes:
+    value: the array; of a stack of layers, one layer's.
+    factor: a float32 scalar to multiply it by, or None.
+    implementation: as `pallas_kernels.fused_update` takes it.
+  """
+
+  value: jax.Array
+  factor: jax.Array | None = None
+  implementation: launch.Implementation | None = None
+
+
+class Stored(NamedTuple):
+  """What a leaf is stored in: its weight, its residual, its statistics in order."""
+
+  low: jax.Array
+  residual: jax.Array | None
+  statistics: tuple[Any, ...]
+
+
+class Optimizer:
+  """An elementwise optimizer of Optax.
+
+  Attributes:
+    make: weight-decay mask (None, a tree of bools, one bool) -> Optax's
+      transformation.
+    mask: None, a tree of bools or a prefix of it, or a callable of params.
+    implementation: as `pallas_kernels.fused_update` takes it.
+    fold: what a micro-batch adds to a statistic; or why there is no such thing.
+  """
+
+  def __init__(
+    self,
+    make: Callable[[Any], optax.GradientTransformation],
+    mask,
+    implementation: launch.Implementation | None,
+    fold: Fold | str,
+  ):
+    self.make = make
+    self.mask = mask
+    self.implementation = implementation
+    self.fold = fold
+    # Under jit, so that groups of one kind are traced once.
+    self.step_group = jax.jit(self._step_group, static_argnums=0)
+
+  def _step_group(self, kind: "_Kind", leaves, scalars, taken, factor, index):
+    inner, paths = self.make(kind.decays), [path for path, _ in kind.statistics]
+
+    def scaled(g):
+      return g if factor is None else g * factor
+
+    def rule(g, w, values):
+      struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
+      values, others = dict(zip(paths, values, strict=True)), iter(scalars)
+      state = [values[path] if path in values else next(others) for path, _ in _leaves(struct)]
+      state = jax.tree.unflatten(jax.tree.structure(struct), state)
+      update, state = inner.update(scaled(g), state, w)
+      new = dict(_leaves(state))
+      # A float64 learning rate makes float64 of them.
+      return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
+
+    def fold(g, w, values):
+      pairs = zip(paths, values, strict=True)
+      return None, [self.fold(path[-1].name, x, scaled(g)).astype(w.dtype) for path, x in pairs]
+
+    formats = [fmt for _, fmt in kind.statistics]
+    return fused_update_leaves(
+      fold if kind.folds else rule, leaves, kind.weight, formats, taken, kind.implementation, index
+    )
+
+
+class LeafSteps:
+  """One step of an optimizer, leaf by leaf.
+
+  Attributes:
+    held: the formats of the leaves with a weight format.
+    stored: these leaves before the step, by name.
+  """
+
+  def __init__(self, optimizer: Optimizer, state, params, like):
+    """Reads a `DeltaBitsState`; like is what a callable mask is evaluated on.
+
+    Raises:
+      ValueError: if `can_step` is False.
+    """
+    places = _places(state, params)
+    if places is None:
+      raise ValueError(
+        "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) have no step"
+        " of their own; give mu= or accumulator= instead."
+      )
+    self._optimizer, self._state, self._params = optimizer, state, params
+    self.held = state.formats
+    weights = _tree.named_leaves(params)
+    residuals = _check_residuals(state.residuals, weights, self.held)
+    self._masks, self._decays = _evaluated(optimizer.mask, like, self.held)
+    leaves, self._treedef = jax.tree.flatten(state.inner_state.inner_state, is_leaf=_is_blocks)
+    self._places: list[_Place] = places
+    kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
+    self._old_rest = jax.tree.unflatten(self._treedef, kept)
+    one = optimizer.make(None if optimizer.mask is None else True)
+    fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
+    self._scalars = [x for path, x in _leaves(self._old_rest) if path in fixed]
+    self._step = state.step + 1
+    self._of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
+    statistics: dict[str, list[Any]] = {name: [] for name in self.held.by_name}
+    for place, leaf in zip(places, leaves, strict=True):
+      if place.parameter:
+        self._of[place.parameter].append(place)
+        statistics[place.parameter].append(leaf)
+    self.stored = {
+      name: Stored(weights[name], residuals.get(name), tuple(values))
+      for name, values in statistics.items()
+    }
+
+  @staticmethod
+  def can_step(state, params) -> bool:
+    """False where the composed transformation has to do the step."""
+    return params is not None and _places(state, params) is not None
+
+  def step(
+    self,
+    stored: Mapping[str, Stored],
+    gradients: Mapping[str, Gradient],
+    taken: jax.Array | None = None,
+    index: jax.Array | None = None,
+    micro_batch: jax.Array | None = None,
+  ) -> dict[str, Stored]:
+    """Steps the leaves that have a gradient.
+
+    Args:
+      stored: leaves by name.
+      gradients: gradients by name; the leaves' factors are one scalar.
+      taken: a bool: where it is False nothing changes; or None.
+      index: which layer of the stacked leaves has the gradients; or None.
+      micro_batch: fold a micro-batch's gradient into the statistics alone;
+        its number, from 1.
+
+    Returns:
+      stored, with these leaves as they are now.
+    """
+    names = list(gradients)
+    part = 0 if micro_batch is None else micro_batch
+    streams = _streams(self._state.key, self._step, names, part)
+    kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
+    new = dict(stored)
+    shapes = {name: g.value.shape for name, g in gradients.items()}
+    for kind, group in _groups(shapes, kinds):
+      leaves = [
+        Leaf(gradients[name].value, x.low, x.residual, list(x.statistics), streams[name])
+        for name, x in ((name, stored[name]) for name in group)
+      ]
+      factor = gradients[group[0]].factor
+      results = self._optimizer.step_group(kind, leaves, self._scalars, taken, factor, index)
+      for name, (low, residual, statistics) in zip(group, results, strict=True):
+        new[name] = Stored(low, residual, tuple(statistics))
+    return new
+
+  def _kind(self, name: str, gradient: Gradient, folds: bool) -> "_Kind":
+    statistics = tuple((place.path, place.format) for place in self._of[name])
+    dtype, is_scaled = jnp.result_type(gradient.value), gradient.factor is not None
+    parts = self._decays.get(name), self.held.get(name), statistics, dtype, is_scaled
+    return _Kind(*parts, gradient.implementation, folds)
+
+  def step_rest(self, updates):
+    """Optax's own step of counters and of leaves without a format: (updates, state)."""
+    inner = self._optimizer.make(self._masks)
+    return inner.update(self._rest(updates), self._old_rest, self._rest(self._params))
+
+  @property
+  def old_rest(self):
+    """The state that `step_rest` starts from."""
+    return self._old_rest
+
+  def _rest(self, tree):
+    return _tree.map_named(lambda name, x: optax.MaskedNode() if self.held.get(name) else x, tree)
+
+  def state(self, stored: Mapping[str, Stored], rest, taken: jax.Array | None = None):
+    """The new `DeltaBitsState`, of the leaves and of what `step_rest` returned."""
+    others = iter(jax.tree.leaves(rest))
+    values = {
+      place: value
+      for name, x in stored.items()
+      for place, value in zip(self._of[name], x.statistics, strict=True)
+    }
+    leaves = [values[place] if place.parameter else next(others) for place in self._places]
+    quantized = self._state.inner_state
+    more = 1 if taken is None else taken.astype(jnp.int32)
+    residuals = {name: x.residual for name, x in stored.items()}
+    return self._state._replace(
+      step=self._state.step + more,
+      residuals=_tree.map_named(lambda name, _: residuals.get(name), self._params),
+      inner_state=quantized._replace(
+        step=quantized.step + more, inner_state=jax.tree.unflatten(self._treedef, leaves)
+      ),
+    )
+
+
+def _evaluated(mask, like, held):
+  """A mask as Optax takes it, and by name of the leaf."""
+  if callable(mask):  # which sees what an inner transformation sees
+    mask = mask(
+      _tree.map_named(lambda name, x: x.astype(jnp.float32) if held.get(name) else x, like)
+    )
+  if mask is None:
+    return None, {}
+  # Perhaps a prefix.
+  spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), mask, like)
+  return mask, _tree.named_leaves(spread)
+
+
+class _Kind(NamedTuple):
+  """What leaves have in common that can be stepped in one kernel: static.
+
+  Attributes:
+    decays: the weight-decay mask of them, None without one.
+    weight: the weights' format.
+    statistics: (path, format) of the statistics, as in `_Place`.
+    gradient: the gradients' dtype.
+    is_scaled: whether the step is to multiply them by a factor.
+    implementation: as `pallas_kernels.fused_update` takes it.
+    folds: whether the gradients go into the statistics alone.
+  """
+
+  decays: bool | None
+  weight: Any
+  statistics: tuple
+  gradient: Any
+  is_scaled: bool
+  implementation: launch.Implementation | None
+  folds: bool
+
+
+def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:
+  """(kind, names) of the leaves that are stepped together: small ones, some at a time."""
+  small: dict[_Kind, list[str]] = {}
+  for name, kind in kinds.items():
+    if is_small(shapes[name]):
+      small.setdefault(kind, []).append(name)
+    else:
+      yield kind, [name]
+  for kind, names in small.items():
+    # Of one shape, if possible: a group that occurs again is not traced again.
+    names.sort(key=lambda name: shapes[name])
+    for i in range(0, len(names), MOST_IN_A_KERNEL):
+      yield kind, names[i : i + MOST_IN_A_KERNEL]
+
+
+def _is_blocks(x) -> bool:
+  return isinstance(x, Blocks)
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _places(state, params) -> list[_Place] | None:
+  """What the leaves of inner's state are; None where the composed path has to do the step."""
+  weights = dict(_leaves(params))
+  places = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    state.inner_state.inner_state, is_leaf=_is_blocks
+  ):
+    start = owner(path, weights)
+    weight = None if start is None else weights[path[start:]]
+    known = state.inner_state.formats.get(_tree.name_of(path))
+    is_statistic = known or (
+      weight is not None and jnp.shape(leaf) == weight.shape and _tree.is_inexact(leaf)
+    )
+    if not is_statistic or not state.formats.get(_tree.name_of(path[start:])):
+      places.append(_Place(path))
+    elif known is None and leaf.dtype != jnp.float32:
+      return None
+    else:
+      fmt = known.format if known else StateFormat("fp32")
+      places.append(_Place(path[:start], _tree.name_of(path[start:]), fmt))
+  return places
