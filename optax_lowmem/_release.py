@@ -186,7 +186,8 @@ class _Measure:
   """A backward pass that only measures: are the gradients finite, and their squares' sum."""
 
   def __init__(self, lows: Mapping[str, jax.Array], inverse, clips: bool):
-    self._lows, self._inverse, self._clips = lows, inverse, clips
+    self._lows, self._clips = lows, clips
+    self._inverse = jnp.ones([], jnp.float32) if inverse is None else inverse
     self.measured: dict[str, tuple[jax.Array, jax.Array]] = {}
 
   def start(self, names):
