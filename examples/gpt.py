@@ -56,6 +56,26 @@ class GPT(nn.Module):
 
 def loss_fn(model: GPT, params, windows_BxT1) -> jax.Array:
   """Mean cross-entropy of the next character, in nats, float32."""
-  logits = model.apply({"params": params}, windows_BxT1[:, :-1])
+  return _cross_entropy(model.apply({"params": params}, windows_BxT1[:, :-1]), windows_BxT1)
+
+
+def layered_loss_fn(model: GPT, layers, windows_BxT1) -> jax.Array:
+  """`loss_fn`, calling one layer after the other: for `lowmem.fused_backward`."""
+
+  def call(name, module, *args):
+    return layers[name](lambda w, *args: module.apply({"params": w}, *args), *args)
+
+  tokens_BxT, dtype = windows_BxT1[:, :-1], model.dtype
+  x_BxTxD = call("embed", nn.Embed(model.vocabulary, model.width, dtype=dtype), tokens_BxT)
+  places = jnp.arange(tokens_BxT.shape[1])
+  x_BxTxD += call("place", nn.Embed(model.context, model.width, dtype=dtype), places)
+  for i in range(model.layers):
+    x_BxTxD = call(f"block_{i}", Block(model.heads, dtype), x_BxTxD)
+  x_BxTxD = call("norm", nn.LayerNorm(use_bias=False, dtype=jnp.float32), x_BxTxD)
+  logits = call("head", nn.Dense(model.vocabulary, use_bias=False, dtype=dtype), x_BxTxD)
+  return _cross_entropy(logits.astype(jnp.float32), windows_BxT1)
+
+
+def _cross_entropy(logits, windows_BxT1):
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows_BxT1[:, 1:])
   return losses.mean()

@@ -8,12 +8,15 @@ The same model, seed and batches for every format:
   bf16+8   bfloat16 weights and 8 residual bits
   fp16+8   float16 weights and 8 residual bits, under the dynamic loss scale
 
-and, with the optimizer's statistics in 8 bits as well, bf16+8/int8.
+and, with the optimizer's statistics in 8 bits as well, bf16+8/int8. --release
+trains that again with gradient release: the backward pass applies the optimizer,
+and computes every layer a second time.
 
 Prints a table and saves `shakespeare.png` and `shakespeare.json` in --out.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import time
@@ -47,14 +50,16 @@ def make_state(fmt: str, params, model: gpt.GPT, args, schedule):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     tx = optax.chain(clip, theirs(schedule, **kwargs))
     return flax.training.train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-  fmt, _, statistics = fmt.partition("/")
+  fmt, *variant = fmt.split("/")
 
   def weights(path, leaf):
     del path
     return fmt if leaf.ndim > 1 else "fp32"  # norms stay in float32
 
-  if statistics:
-    tx = optax.chain(clip, ours(schedule, **kwargs, weights=weights))
+  if variant:
+    tx = ours(schedule, **kwargs, weights=weights)
+    if "release" not in variant:  # fused_backward clips by itself
+      tx = optax.chain(clip, tx)
   else:
     tx = lowmem.delta_bits(optax.chain(clip, theirs(schedule, **kwargs)), weights)
   return lowmem.TrainState.create(
@@ -83,8 +88,12 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
       return lowmem.scale_loss(loss, state.opt_state), loss
 
     grads, loss = jax.grad(scaled_loss, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads), loss
+    return loss, state.apply_gradients(grads=grads)
 
+  is_released = fmt.endswith("/release")
+  if is_released:
+    layered_loss = functools.partial(gpt.layered_loss_fn, model)
+    train_step = lowmem.fused_backward(layered_loss, clip_norm=1.0)
   compiled = jax.jit(train_step, donate_argnums=0).lower(state, first).compile()
   evaluate = jax.jit(lambda params, batch: gpt.loss_fn(model, params, batch))
   test_batches = plays.windows(held_out, args.eval_windows, args.context)
@@ -95,14 +104,15 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
   for i in progress:
     batch = plays.sample(training, rng, args.batch, args.context)
     start = time.perf_counter()
-    state, loss = compiled(state, batch)
+    loss, state = compiled(state, batch)
     losses.append(float(loss))
     seconds += time.perf_counter() - start
     if (i + 1) % max(args.steps // 10, 1) == 0 or i + 1 == args.steps:
       held = float(np.mean([evaluate(state.params, b) for b in test_batches]))
       evals.append((i + 1, held))
       progress.set_postfix(loss=f"{loss:.3f}", held_out=f"{held:.4f}")
-  table = lowmem.memory_table(state.params, state.opt_state, state.params)
+  grads = () if is_released else state.params  # their size, or none
+  table = lowmem.memory_table(state.params, state.opt_state, grads)
   skipped = [
     s.skipped
     for s in jax.tree.leaves(
@@ -148,6 +158,9 @@ def parse_args(argv=None) -> argparse.Namespace:
   parser.add_argument("--b2", type=float, default=0.999, help="Adam's b2 (%(default)s)")
   parser.add_argument("--seed", type=int, default=0, help="of weights, batches and rounding")
   parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated (%(default)s)")
+  parser.add_argument(
+    "--release", action="store_true", help='train each "/int8" format with gradient release, too'
+  )
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (out)")
   args = parser.parse_args(argv)
   for name in integers:
@@ -171,6 +184,12 @@ def parse_args(argv=None) -> argparse.Namespace:
       parser.error(f'--formats: {error} (here also bf16, and "/int8" behind a format)')
   if not args.formats:
     parser.error("--formats names no format")
+  if args.release:
+    with_int8 = {fmt for fmt in args.formats if fmt.endswith("/int8")}
+    if not with_int8:
+      parser.error('--release needs a format with "/int8"')
+    both = lambda fmt: [fmt, fmt + "/release"] if fmt in with_int8 else [fmt]
+    args.formats = [variant for fmt in args.formats for variant in both(fmt)]
   return args
 
 

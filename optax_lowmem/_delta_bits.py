@@ -12,6 +12,7 @@ import optax
 
 from optax_lowmem import _session, _tree
 from optax_lowmem._loss_scale import LossScaleState
+from optax_lowmem._portable import portable_update
 from pallas_kernels import DeltaFormat, arithmetic, checks, packing
 from pallas_kernels.apply_update import apply_update_stream
 from pallas_kernels.merge import merge
@@ -81,6 +82,7 @@ def delta_bits(
   *,
   key: jax.typing.ArrayLike = 0,
   update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
+  elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps weights in half precision, and what a float32 master adds in a few bits.
 
@@ -104,6 +106,8 @@ def delta_bits(
       the gradient's dtype (`optax.apply_if_finite` on bfloat16 gradients). Then
       the master value is clamped to the cell of the weight that such a coarse
       update reaches, an error of at most 2**-8 of the update.
+    elementwise: declares that each element's update depends on that element
+      (and counters) alone, and not on masks; `lowmem.fused_backward` needs it.
 
   Returns:
     A transformation with a `DeltaBitsState`.
@@ -127,6 +131,8 @@ def delta_bits(
     section 3.1
   """
   inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+  is_portable = elementwise and not hasattr(inner.update, "elementwise")  # which then is
+  update_of_inner = functools.partial(portable_update, inner) if is_portable else inner.update
   _refuse_half_hyperparameters(inner)
   _check_update_dtype(update_dtype)
   if not callable(weights):
@@ -178,7 +184,7 @@ def delta_bits(
     def wide(name, g):
       return g if formats.get(name) is None else jnp.asarray(g).astype(jnp.float32)
 
-    inner_updates, inner_state = inner.update(
+    inner_updates, inner_state = update_of_inner(
       _tree.map_named(wide, updates),
       state.inner_state,
       _tree.map_named(master, params),
@@ -212,6 +218,8 @@ def delta_bits(
     )
     return new_updates, new_state
 
+  if elementwise:
+    update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem import _tree
-from optax_lowmem._delta_bits import _check_residuals, _streams
-from optax_lowmem._quantize_state import owner
-from pallas_kernels import launch
+from optax_lowmem._delta_bits import DeltaBitsState, Formats, _check_residuals, _streams
+from optax_lowmem._portable import portable_update
+from optax_lowmem._quantize_state import QuantizedState
+from pallas_kernels import DeltaFormat, launch
 from pallas_kernels.fused_update import Leaf, fused_update_leaves, is_small
 from pallas_kernels.state_formats import Blocks, StateFormat
 
@@ -73,6 +74,8 @@ class Optimizer:
     mask: None, a tree of bools or a prefix of it, or a callable of params.
     implementation: as `pallas_kernels.fused_update` takes it.
     fold: what a micro-batch adds to a statistic; or why there is no such thing.
+    is_declared: whether it is a user's, declared elementwise: its float32
+      leaves are stepped alone, too, and its statistics have their own stream.
   """
 
   def __init__(
@@ -81,7 +84,9 @@ class Optimizer:
     mask,
     implementation: launch.Implementation | None,
     fold: Fold | str,
+    is_declared: bool = False,
   ):
+    self.is_declared = is_declared
     self.make = make
     self.mask = mask
     self.implementation = implementation
@@ -124,35 +129,42 @@ class LeafSteps:
   """
 
   def __init__(self, optimizer: Optimizer, state, params, like):
-    """Reads a `DeltaBitsState`; like is what a callable mask is evaluated on.
+    """Reads a `DeltaBitsState` or `QuantizedState`; like is what a callable mask is evaluated on.
 
     Raises:
-      ValueError: if `can_step` is False.
+      ValueError: if `can_step` is False, or if the state is not elementwise.
     """
-    places = _places(state, params)
+    self._optimizer, self._state, self._params = optimizer, state, params
+    weights = _tree.named_leaves(params)
+    self._delta, self._quantized, inner_state = _parts(state)
+    self.held = _held(optimizer, self._delta, weights)
+    places = _places(self._quantized, inner_state, params, self.held)
     if places is None:
       raise ValueError(
         "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) have no step"
         " of their own; give mu= or accumulator= instead."
       )
-    self._optimizer, self._state, self._params = optimizer, state, params
-    self.held = state.formats
-    weights = _tree.named_leaves(params)
-    residuals = _check_residuals(state.residuals, weights, self.held)
+    residuals = {}
+    if self._delta is not None:
+      residuals = _check_residuals(self._delta.residuals, weights, self._delta.formats)
     self._masks, self._decays = _evaluated(optimizer.mask, like, self.held)
-    leaves, self._treedef = jax.tree.flatten(state.inner_state.inner_state, is_leaf=_is_blocks)
+    leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
     self._places: list[_Place] = places
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
     self._old_rest = jax.tree.unflatten(self._treedef, kept)
     one = optimizer.make(None if optimizer.mask is None else True)
     fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
     self._scalars = [x for path, x in _leaves(self._old_rest) if path in fixed]
+    if len(self._scalars) + max(map(len, self._of_leaves(places).values()), default=0) < len(fixed):
+      raise ValueError(
+        "The optimizer is declared elementwise, but its state has something else than counters and"
+        " arrays of the parameters' shapes (or a mask)."
+      )
     self._step = state.step + 1
-    self._of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
-    statistics: dict[str, list[Any]] = {name: [] for name in self.held.by_name}
+    self._of = self._of_leaves(places)
+    statistics: dict[str, list[Any]] = {name: [] for name in self._of}
     for place, leaf in zip(places, leaves, strict=True):
       if place.parameter:
-        self._of[place.parameter].append(place)
         statistics[place.parameter].append(leaf)
     self.stored = {
       name: Stored(weights[name], residuals.get(name), tuple(values))
@@ -162,7 +174,17 @@ class LeafSteps:
   @staticmethod
   def can_step(state, params) -> bool:
     """False where the composed transformation has to do the step."""
-    return params is not None and _places(state, params) is not None
+    if params is None:
+      return False
+    delta, quantized, inner_state = _parts(state)
+    return _places(quantized, inner_state, params, delta.formats) is not None
+
+  def _of_leaves(self, places) -> dict[str, list[_Place]]:
+    of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
+    for place in places:
+      if place.parameter:
+        of[place.parameter].append(place)
+    return of
 
   def step(
     self,
@@ -188,12 +210,17 @@ class LeafSteps:
     names = list(gradients)
     part = 0 if micro_batch is None else micro_batch
     streams = _streams(self._state.key, self._step, names, part)
+    own_streams: dict[str, jax.Array] = {}
+    if self._optimizer.is_declared and self._quantized is not None:
+      own_streams = _streams(self._quantized.key, self._quantized.step + 1, names, part)
     kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
     new = dict(stored)
     shapes = {name: g.value.shape for name, g in gradients.items()}
     for kind, group in _groups(shapes, kinds):
       leaves = [
-        Leaf(gradients[name].value, x.low, x.residual, list(x.statistics), streams[name])
+        Leaf(
+          gradients[name].value, *x[:2], list(x.statistics), streams[name], own_streams.get(name)
+        )
         for name, x in ((name, stored[name]) for name in group)
       ]
       factor = gradients[group[0]].factor
@@ -211,7 +238,7 @@ class LeafSteps:
   def step_rest(self, updates):
     """Optax's own step of counters and of leaves without a format: (updates, state)."""
     inner = self._optimizer.make(self._masks)
-    return inner.update(self._rest(updates), self._old_rest, self._rest(self._params))
+    return portable_update(inner, self._rest(updates), self._old_rest, self._rest(self._params))
 
   @property
   def old_rest(self):
@@ -230,16 +257,39 @@ class LeafSteps:
       for place, value in zip(self._of[name], x.statistics, strict=True)
     }
     leaves = [values[place] if place.parameter else next(others) for place in self._places]
-    quantized = self._state.inner_state
+    state = jax.tree.unflatten(self._treedef, leaves)
     more = 1 if taken is None else taken.astype(jnp.int32)
+    if self._quantized is not None:
+      state = self._quantized._replace(step=self._quantized.step + more, inner_state=state)
+    if self._delta is None:
+      return state
     residuals = {name: x.residual for name, x in stored.items()}
-    return self._state._replace(
-      step=self._state.step + more,
+    return self._delta._replace(
+      step=self._delta.step + more,
       residuals=_tree.map_named(lambda name, _: residuals.get(name), self._params),
-      inner_state=quantized._replace(
-        step=quantized.step + more, inner_state=jax.tree.unflatten(self._treedef, leaves)
-      ),
+      inner_state=state,
     )
+
+
+def _parts(state):
+  """The state of delta_bits and that of quantize_state, each perhaps None, and what is inside."""
+  delta = state if isinstance(state, DeltaBitsState) else None
+  state = state if delta is None else delta.inner_state
+  quantized = state if isinstance(state, QuantizedState) else None
+  return delta, quantized, state if quantized is None else quantized.inner_state
+
+
+def _held(optimizer: Optimizer, delta, weights) -> Formats:
+  """The formats of the leaves that are stepped alone."""
+  table = [] if delta is None else list(delta.formats.table)
+  if optimizer.is_declared:
+    known = dict(table)
+    for name, x in weights.items():
+      if name not in known and _tree.is_half(x):
+        raise ValueError(f"params{name} is {x.dtype} without a weight format; wrap delta_bits.")
+      if name not in known and getattr(x, "dtype", None) == jnp.float32:
+        table.append((name, DeltaFormat.parse("fp32")))
+  return Formats(tuple(table))
 
 
 def _evaluated(mask, like, held):
@@ -300,20 +350,18 @@ def _leaves(tree):
   return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def _places(state, params) -> list[_Place] | None:
+def _places(quantized, inner_state, params, held: Formats) -> list[_Place] | None:
   """What the leaves of inner's state are; None where the composed path has to do the step."""
   weights = dict(_leaves(params))
   places = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(
-    state.inner_state.inner_state, is_leaf=_is_blocks
-  ):
-    start = owner(path, weights)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=_is_blocks):
+    start = _tree.owner(path, weights)
     weight = None if start is None else weights[path[start:]]
-    known = state.inner_state.formats.get(_tree.name_of(path))
+    known = None if quantized is None else quantized.formats.get(_tree.name_of(path))
     is_statistic = known or (
       weight is not None and jnp.shape(leaf) == weight.shape and _tree.is_inexact(leaf)
     )
-    if not is_statistic or not state.formats.get(_tree.name_of(path[start:])):
+    if not is_statistic or not held.get(_tree.name_of(path[start:])):
       places.append(_Place(path))
     elif known is None and leaf.dtype != jnp.float32:
       return None

@@ -10,6 +10,7 @@ import optax
 
 from optax_lowmem import _session, _tree
 from optax_lowmem._delta_bits import Formats, _streams, _was_taken
+from optax_lowmem._portable import portable_update
 from pallas_kernels import state_formats
 from pallas_kernels.random_bits import key_words, random_bits, statistic_bits
 from pallas_kernels.state_formats import StateFormat
@@ -64,6 +65,7 @@ def quantize_state(
   default: state_formats.Name = "bf16",
   *,
   key: jax.typing.ArrayLike = 0,
+  elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Stores the statistics of any Optax transformation in 16 or 8 bits between steps.
 
@@ -78,6 +80,8 @@ def quantize_state(
       `{"mu": "int8", "nu": "int8"}` by default.
     default: the format of every other field.
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    elementwise: declares that each element's update depends on that element
+      (and counters) alone; see `delta_bits`.
 
   Returns:
     A transformation with a `QuantizedState`.
@@ -94,7 +98,7 @@ def quantize_state(
     [CLIP](https://arxiv.org/abs/2103.00020), section 2.5 (half-precision Adam statistics)
   """
   by_field = dict(DEFAULT_FORMATS if formats is None else formats)
-  return quantize(inner, by_field, default, key, required=formats or ())
+  return quantize(inner, by_field, default, key, required=formats or (), elementwise=elementwise)
 
 
 def scale_by_adam(
@@ -159,6 +163,7 @@ def quantize(
   *,
   required: Collection[str] = (),
   only_held: bool = False,
+  elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """`quantize_state`, field formats checked one by one.
 
@@ -170,11 +175,13 @@ def quantize(
     required: fields that have to be there.
     only_held: leave alone what belongs to a parameter without a weight format
       (inside `delta_bits`).
+    elementwise: as `quantize_state`'s.
 
   Returns:
     The transformation.
   """
   inner = optax.with_extra_args_support(inner)
+  update_of_inner = functools.partial(portable_update, inner) if elementwise else inner.update
   for name in (*by_field.values(), default):
     if name is not None:
       StateFormat(name)
@@ -200,7 +207,7 @@ def quantize(
     wide, wide_params = (jax.tree.map(_widen, tree) for tree in (updates, params))
 
     def inner_update(stored):
-      return inner.update(wide, _load(stored, table), wide_params, **extra_args)
+      return update_of_inner(wide, _load(stored, table), wide_params, **extra_args)
 
     updates, after = inner_update(state.inner_state)
     # Where there are scales, the statistics are computed again for the codes.
@@ -210,6 +217,8 @@ def quantize(
     stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(step, state.key, stored, table)
 
+  if elementwise:
+    update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -224,7 +233,7 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
   table: list[tuple[str, Statistic]] = []
   fields, counts = set(), dict.fromkeys(weights, 0)
   for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
-    start = owner(path, weights)
+    start = _tree.owner(path, weights)
     if start is None or not isinstance(path[start - 1], jax.tree_util.GetAttrKey):
       continue
     weight, parameter = weights[path[start:]], _tree.name_of(path[start:])
@@ -245,11 +254,6 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
       f" statistics in float32 are {sorted(fields)}."
     )
   return Formats(tuple(table))
-
-
-def owner(path, weights) -> int | None:
-  """Where the longest path of a parameter begins that a path in inner's state ends in."""
-  return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
 
 
 def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:

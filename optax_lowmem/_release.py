@@ -18,6 +18,7 @@ import optax
 from optax_lowmem import _layers, _loss_scale, _tree
 from optax_lowmem._delta_bits import DeltaBitsState
 from optax_lowmem._leaf_steps import Gradient, LeafSteps, Optimizer, Stored
+from optax_lowmem._quantize_state import QuantizedState
 
 # What to use in the place of a transformation that sees the gradients of the whole model.
 _INSTEAD = {
@@ -65,8 +66,9 @@ def fused_backward(
   Args:
     loss_fn: `(layers, *batch) -> loss`, a real scalar, or `(loss, aux)`.
     tx: `lowmem.adamw`, `adam`, `lion` or `sgd`, perhaps inside
-      `dynamic_loss_scale` or `static_loss_scale`; None to take it from a
-      `lowmem.TrainState`.
+      `dynamic_loss_scale` or `static_loss_scale`; also `delta_bits(inner,
+      elementwise=True)` and `quantize_state(inner, elementwise=True)`. None to
+      take it from a `lowmem.TrainState`.
     has_aux: whether loss_fn returns `(loss, aux)`.
     clip_norm: largest global norm of the (unscaled) gradients, as
       `optax.clip_by_global_norm`; costs a backward pass more, as a loss scale
@@ -148,9 +150,15 @@ def _chain_of(tx, options: _Options) -> _Chain:
   update, advance = tx.update, None
   if hasattr(update, "advance"):
     update, advance = update.inner.update, update.advance
-  if not hasattr(update, "optimizer"):
+  if hasattr(update, "optimizer"):
+    optimizer = update.optimizer
+  elif hasattr(update, "elementwise"):
+    inner = getattr(update.elementwise.update, "elementwise", update.elementwise)
+    fold = "how a micro-batch goes into the statistics is known of lowmem.adamw, adam and sgd alone"
+    optimizer = Optimizer(lambda mask: inner, None, None, fold, is_declared=True)
+  else:
     _refuse(update)
-  chain = _Chain(update.optimizer, advance)
+  chain = _Chain(optimizer, advance)
   if options.accumulate > 1 and isinstance(chain.optimizer.fold, str):
     raise ValueError(f"accumulate= has no meaning for this optimizer: {chain.optimizer.fold}.")
   return chain
@@ -160,14 +168,18 @@ def _refuse(update):
   """Raises a ValueError that names the member that is no optimizer of ours."""
   names = []
   for member in _members(update):
-    if not hasattr(member, "optimizer") and not hasattr(member, "advance"):
+    if not any(hasattr(member, x) for x in ("optimizer", "advance", "elementwise")):
       names.append(member.__qualname__.split(".")[0])
   # The one that there is another way for is the one to name first.
   names.sort(key=lambda name: name not in _INSTEAD)
   name = names[0] if names else "chain"
-  instead = _INSTEAD.get(name, "it is not known to work on one leaf at a time; leave it out")
+  instead = _INSTEAD.get(
+    name,
+    "leave it out, or, if each element's update depends on that element alone, wrap the whole:"
+    " lowmem.delta_bits(tx, elementwise=True)",
+  )
   raise ValueError(
-    f"fused_backward steps one leaf at a time, which optax.{name} cannot: {instead}. It takes"
+    f"fused_backward steps one leaf at a time, and does not take {name}: {instead}. It takes"
     " lowmem.adamw, adam, lion and sgd, alone or inside a loss scale."
   )
 
@@ -252,7 +264,7 @@ class _Step:
     self._options, self._chain, self._params = options, chain, params
     self._opt_state = opt_state
     inner = opt_state if chain.advance is None else opt_state.inner_state
-    if not isinstance(inner, DeltaBitsState):
+    if not isinstance(inner, (DeltaBitsState, QuantizedState)):
       raise ValueError(f"opt_state is not this optimizer's: {type(inner).__name__}.")
     self._steps = LeafSteps(chain.optimizer, inner, params, params)
     self._groups = _layers.groups(params)

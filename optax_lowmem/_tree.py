@@ -24,6 +24,11 @@ def map_named(f, tree, *rest):
   return jax.tree_util.tree_map_with_path(lambda path, *xs: f(name_of(path), *xs), tree, *rest)
 
 
+def owner(path, weights) -> int | None:
+  """Where the longest path of a parameter begins that a path in inner's state ends in."""
+  return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
+
+
 def is_half(x) -> bool:
   """True for a bfloat16 or float16 array."""
   return getattr(x, "dtype", None) in HALF_DTYPES

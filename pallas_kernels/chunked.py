@@ -24,8 +24,8 @@ CHUNK = 12_500  # blocks, 400,000 values; half and twice as many are alike
 
 def takes(shape: tuple[int, ...], fmt) -> bool:
   """Whether `step` takes a leaf: rows of whole blocks, a residual that needs no packing."""
-  is_even = bool(shape) and shape[-1] % BLOCK == 0
-  return is_even and 0 < math.prod(shape) < 1 << 32 and fmt.residual_bits in (0, 8, 16)
+  is_even = bool(shape) and shape[-1] % BLOCK == 0 and 0 < math.prod(shape) < 1 << 32
+  return is_even and not fmt.is_full_precision and fmt.residual_bits in (0, 8, 16)
 
 
 def sizes(shape: tuple[int, ...]) -> list[int]:

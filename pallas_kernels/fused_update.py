@@ -117,6 +117,7 @@ def fused_update_leaves(
     return _kernel(rules, formats, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
+  has_own_stream = any(x.statistics_stream is not None for x in leaves)
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
   whole = functools.partial(_xla_leaves, rule, formats)
@@ -126,7 +127,7 @@ def fused_update_leaves(
   is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
   if is_kernel:
     sizes += launch_blocks.tile_rows(shapes)
-  if not sizes or _is_wide(rule, formats):
+  if not sizes or has_own_stream or _is_wide(rule, formats):
     return whole(leaves, when, index)
   # A program for a device closes over no tracer, as the rule may.
   scalars, rules = _hoisted(rule, formats, sizes)
@@ -167,6 +168,7 @@ class Leaf(NamedTuple):
     delta: its residual, or None.
     statistics: as they are stored.
     stream: uint32 [2], the words of its random stream (`stream_keys`).
+    statistics_stream: likewise of its statistics, where they have their own.
   """
 
   gradient: jax.Array
@@ -174,10 +176,11 @@ class Leaf(NamedTuple):
   delta: jax.Array | None
   statistics: list[Any]
   stream: jax.Array
+  statistics_stream: jax.Array | None = None
 
 
 def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
-  gradient, low, delta, statistics, _ = leaf
+  gradient, low, delta, statistics = leaf[:4]
   checks.residual(low, delta, fmt)
   if gradient.shape != low.shape[0 if index is None else 1 :]:
     raise ValueError(f"The gradient has the weight's shape {low.shape}; got {gradient.shape}.")
@@ -215,18 +218,21 @@ def _xla_in_stack(rule, formats, leaf: Leaf, when, index):
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   part = Part(index, leaf.low.shape[0])
-  new = _xla(rule, formats, Leaf(leaf.gradient, *stored, leaf.stream), when, part)
+  new = _xla(rule, formats, Leaf(leaf.gradient, *stored, *leaf[4:]), when, part)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
 
 def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
-  gradient, low, delta, statistics, stream = leaf
+  gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
-  bits = functools.partial(random_bits, stream, low.shape, part=part)
+  bits, own_bits = (
+    functools.partial(random_bits, words, low.shape, part=part)
+    for words in (stream, stream if own is None else own)
+  )
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
-  master = arithmetic.merge_values(low, wide, fmt)
+  master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
 
   portable = _portable(rule, low.shape, len(statistics))
 
@@ -248,13 +254,16 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
       ]
     )
   new_statistics = [
-    state_formats.quantize(x, f, statistic_bits(bits, i), scales[i])
+    state_formats.quantize(x, f, statistic_bits(own_bits, i), scales[i])
     for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True))
   ]
   new = low, delta, new_statistics
   if update is not None:
     update = arithmetic.rounded(update)
-    new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
+    if fmt.is_full_precision:
+      new_low, new_wide = low + update, None
+    else:
+      new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
     new = new_low, packing.pack(new_wide, fmt), new_statistics
   if when is None:
     return new
@@ -298,7 +307,7 @@ def _bound(rules, scalars, contracts: bool = False) -> Rule:
 def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when, index):
   """The step as an XLA program for one CPU."""
   rule = _bound(rules, scalars)
-  return [chunked.step(rule, formats, *leaf, when, index) for leaf in leaves]
+  return [chunked.step(rule, formats, *leaf[:5], when, index) for leaf in leaves]
 
 
 def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when, index):

@@ -124,5 +124,25 @@ def test_law_15(name):
   check_same(OPTIMIZERS[name](weights=weights))
 
 
-def test_unjitted_and_all_formats():
-  pass
+DECLARED = {
+  "adabelief": lambda: lowmem.delta_bits(optax.adabelief(1e-2), weights, elementwise=True),
+  "chain": lambda: lowmem.delta_bits(
+    optax.chain(optax.clip(0.5), optax.scale_by_adam(), optax.scale_by_schedule(lambda n: -1e-2 / (n + 1))),
+    "bf16+3", key=3, elementwise=True,
+  ),
+  "quantized": lambda: lowmem.delta_bits(
+    lowmem.quantize_state(optax.adamw(1e-2), key=5, elementwise=True), weights, elementwise=True
+  ),
+  "statistics": lambda: lowmem.quantize_state(optax.rmsprop(1e-2, momentum=0.9), {"nu": "int8"}, elementwise=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_law_15_declared_elementwise(name):
+  check_same(DECLARED[name]())
+
+
+@pytest.mark.parametrize("fmt", ["bf16+0", "bf16+16", "fp16+8", "bf16+5"])
+@pytest.mark.parametrize("moments", ["bf16", "fp16", "fp32"])
+def test_law_15_formats(fmt, moments):
+  check_same(lowmem.adamw(1e-2, weights=fmt, mu=moments, nu=moments), count=2)
