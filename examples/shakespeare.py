@@ -80,7 +80,7 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, args.learning_rate, max(args.steps // 20, 1), args.steps
   )
-  state = make_state(fmt, params, model, args, schedule)
+  state = jax.jit(lambda params: make_state(fmt, params, model, args, schedule))(params)
 
   def train_step(state, batch):
     def scaled_loss(params):

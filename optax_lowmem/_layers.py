@@ -114,17 +114,22 @@ def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> 
     def scan(fn, x, args):
       used(key, "scan")
       weights = group.join(by_name)
-      stack_length(group, weights)
-      x, _ = jax.lax.scan(lambda x, w: (fn(w, x, *args), None), x, weights)
-      return x
+      check_stack(group, weights)
+
+      def body(x, w):
+        y = fn(w, x, *args)
+        _check_carry(key, x, y)
+        return y, None
+
+      return jax.lax.scan(body, jax.tree.map(jnp.asarray, x), weights)[0]
 
     return Layer(call, scan)
 
   return Layers({key: handle(key, group) for key, group in all_groups.items()})
 
 
-def stack_length(group: Group, weights) -> int:
-  """The number of stacked layers."""
+def check_stack(group: Group, weights):
+  """Raises where weights are no stack of layers."""
   lengths = {
     name: jnp.shape(x)[:1] for name, x in zip(group.names, jax.tree.leaves(weights), strict=True)
   }
@@ -137,7 +142,6 @@ def stack_length(group: Group, weights) -> int:
         f"layers[{group.key!r}].scan: params{name} has {length or 'no'} layers along its first"
         f" axis and params{first} has {lengths[first]}."
       )
-  return next(iter(lengths.values()))[0]
 
 
 class _Arrays:
@@ -263,9 +267,7 @@ class Releasing:
       stacks = self._now(released), mine, others
 
       def body(x, w):
-        y = compute(*w, x, smooth, exact)
-        _check_carry(group.key, split_x.join(*x), y)
-        y = _Arrays(y)
+        y = _Arrays(compute(*w, x, smooth, exact))
         return (y.smooth, y.others), x
 
       return jax.lax.scan(body, x, stacks)

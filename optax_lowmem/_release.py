@@ -169,7 +169,8 @@ def _refuse(update):
   names = []
   for member in _members(update):
     if not any(hasattr(member, x) for x in ("optimizer", "advance", "elementwise")):
-      names.append(member.__qualname__.split(".")[0])
+      name = member.__qualname__.split(".")[0]
+      names.append("quantize_state" if name == "quantize" else name)
   # The one that there is another way for is the one to name first.
   names.sort(key=lambda name: name not in _INSTEAD)
   name = names[0] if names else "chain"
@@ -185,10 +186,13 @@ def _refuse(update):
 
 
 def _members(update):
-  """The update functions of a chain; else this one."""
-  if update.__qualname__.split(".")[0] in ("chain", "named_chain"):
-    for cell in update.__closure__ or ():
-      found = cell.cell_contents
+  """The update functions of a chain, as Optax's closures hold them; else this one."""
+  kind = update.__qualname__.split(".")[0]
+  cells = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
+  if kind == "with_extra_args_support":
+    return [m for x in cells if hasattr(x, "update") for m in _members(x.update)]
+  if kind in ("chain", "named_chain"):
+    for found in cells:
       if isinstance(found, (tuple, list)) and found and all(map(callable, found)):
         return [member for x in found for member in _members(x)]
   return [update]
