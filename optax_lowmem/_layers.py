@@ -238,14 +238,19 @@ class Releasing:
       return compute(self._now(released), mine, smooth, exact)
 
     def forward(dummy, *inputs):
-      return layer(dummy, *inputs), inputs
+      del dummy
+      return compute(self._now(released), *inputs), inputs
 
     def backward(inputs, ct):
       state = self.backward.start(released)
       lows = self.backward.lows(released, state)
       # Or the recomputation would be found to be the forward pass, and all of that kept.
       (lows, (mine, smooth, exact)), ct = _barrier((lows, inputs), ct)
-      _, vjp = jax.vjp(lambda *wrt: compute(*wrt, exact), lows, mine, smooth)
+
+      def of(lows, mine, smooth):
+        return compute(lows, mine, smooth, exact)
+
+      _, vjp = jax.vjp(of, lows, mine, smooth)
       gradients, ct_mine, ct_smooth = vjp(ct)
       self.backward.finish(released, self.backward.consume(gradients, state, None))
       return jnp.zeros_like(dummy), ct_mine, ct_smooth, None
@@ -267,7 +272,8 @@ class Releasing:
       stacks = self._now(released), mine, others
 
       def body(x, w):
-        y = _Arrays(compute(*w, x, smooth, exact))
+        lows, mine, others = w
+        y = _Arrays(compute(lows, mine, others, x, smooth, exact))
         return (y.smooth, y.others), x
 
       return jax.lax.scan(body, x, stacks)
@@ -327,7 +333,8 @@ def _barrier(kept, ct):
 def _check_carry(key, x, y):
   """Raises where a layer does not return what it takes."""
   types = [[(jnp.shape(a), jnp.result_type(a)) for a in jax.tree.leaves(t)] for t in (x, y)]
-  if jax.tree.structure(x) != jax.tree.structure(y) or types[0] != types[1]:
+  same = jax.tree.structure(x) == jax.tree.structure(y)  # type: ignore[operator]
+  if not same or types[0] != types[1]:
     found, wanted = (jax.tree.map(jax.typeof, t) for t in (y, x))
     raise TypeError(
       f"layers[{key!r}].scan: the function returns {found}; it takes {wanted}, and has to return"

@@ -111,6 +111,7 @@ class Optimizer:
       return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
 
     def fold(g, w, values):
+      assert callable(self.fold)  # or accumulate= is refused
       pairs = zip(paths, values, strict=True)
       return None, [self.fold(path[-1].name, x, scaled(g)).astype(w.dtype) for path, x in pairs]
 
@@ -137,6 +138,8 @@ class LeafSteps:
     self._optimizer, self._state, self._params = optimizer, state, params
     weights = _tree.named_leaves(params)
     self._delta, self._quantized, inner_state = _parts(state)
+    if optimizer.is_declared:
+      _check_elementwise(inner_state)
     self.held = _held(optimizer, self._delta, weights)
     places = _places(self._quantized, inner_state, params, self.held)
     if places is None:
@@ -158,7 +161,7 @@ class LeafSteps:
     if len(self._scalars) + max(map(len, self._of_leaves(places).values()), default=0) < len(fixed):
       raise ValueError(
         "The optimizer is declared elementwise, but its state has something else than counters and"
-        " arrays of the parameters' shapes (or a mask)."
+        " arrays of the parameters' shapes."
       )
     self._step = state.step + 1
     self._of = self._of_leaves(places)
@@ -277,6 +280,22 @@ def _parts(state):
   state = state if delta is None else delta.inner_state
   quantized = state if isinstance(state, QuantizedState) else None
   return delta, quantized, state if quantized is None else quantized.inner_state
+
+
+# In whose states masks, or statistics that are stored by ours, cannot be looked through.
+_WRAPPERS = (optax.MaskedState, optax.PartitionState, QuantizedState, DeltaBitsState)
+
+
+def _check_elementwise(inner_state):
+  """Raises for what is not elementwise, whatever has been declared."""
+  nodes = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, _WRAPPERS))
+  for node in nodes:
+    if isinstance(node, _WRAPPERS):
+      raise ValueError(
+        f"The optimizer is declared elementwise, but has a {type(node).__name__} inside. A mask"
+        " decides by the whole leaf (lowmem.adamw and lion take mask=), and quantize_state stands"
+        " right inside delta_bits, elementwise=True in both."
+      )
 
 
 def _held(optimizer: Optimizer, delta, weights) -> Formats:

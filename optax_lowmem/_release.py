@@ -422,7 +422,8 @@ class _Step:
       return backward, jax.tree.map(jnp.add, sums, more), loss
 
     def fold(carry, i):
-      backward, sums, loss = run(i, *carry, i + 1)
+      stored, sums = carry
+      backward, sums, loss = run(i, stored, sums, i + 1)
       return (backward.stored, sums), loss
 
     sums = {
@@ -430,7 +431,8 @@ class _Step:
       for name, x in self._collected.items()
     }
     carry, losses = jax.lax.scan(fold, (dict(self._steps.stored), sums), jnp.arange(n - 1))
-    backward, sums, last = run(n - 1, *carry, None)
+    stored, sums = carry
+    backward, sums, last = run(n - 1, stored, sums, None)
     backward.step_left(self._released)
     losses = jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.asarray(y)[None]]), losses, last)
     mean = lambda x: jnp.mean(x, axis=0)

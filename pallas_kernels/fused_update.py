@@ -218,7 +218,9 @@ def _xla_in_stack(rule, formats, leaf: Leaf, when, index):
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   part = Part(index, leaf.low.shape[0])
-  new = _xla(rule, formats, Leaf(leaf.gradient, *stored, *leaf[4:]), when, part)
+  low, delta, statistics = stored
+  one = leaf._replace(low=low, delta=delta, statistics=statistics)
+  new = _xla(rule, formats, one, when, part)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
@@ -233,7 +235,6 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
-
   portable = _portable(rule, low.shape, len(statistics))
 
   def run(stored):

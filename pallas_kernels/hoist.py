@@ -5,10 +5,10 @@ is compiled in: no multiplication is contracted with an addition.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
-from jax.extend.core import Literal
+from jax.extend.core import Literal, Var
 
 from pallas_kernels.arithmetic import rounded
 
@@ -127,7 +127,7 @@ def _evaluate(eqn, env, products=frozenset()):
   env |= dict(zip(eqn.outvars, results, strict=True))
 
 
-def _is_in(var, variables) -> bool:
+def _is_in(var, variables) -> TypeGuard[Var]:
   return not isinstance(var, Literal) and var in variables
 
 

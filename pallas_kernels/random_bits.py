@@ -47,15 +47,15 @@ _LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 
 
 class Part(NamedTuple):
-  """Which array of a stack is meant: x[index] of x [count, ...].
+  """Which array of a stack is meant: x[number] of x [length, ...].
 
   Attributes:
-    index: an integer scalar, perhaps traced.
-    count: the length of the stack's first axis.
+    number: an integer scalar, perhaps traced.
+    length: of the stack's first axis.
   """
 
-  index: jax.typing.ArrayLike
-  count: int
+  number: jax.typing.ArrayLike
+  length: int
 
 
 def key_words(key: jax.typing.ArrayLike) -> jax.Array:
@@ -195,8 +195,8 @@ def element_index(shape: tuple[int, ...], part: Part | None = None):
   coordinates = [jax.lax.broadcasted_iota(_U32, shape, axis) for axis in range(len(shape))]
   whole = shape
   if part is not None:
-    coordinates.insert(0, jnp.asarray(part.index).astype(_U32))
-    whole = (part.count, *shape)
+    coordinates.insert(0, jnp.asarray(part.number).astype(_U32))
+    whole = (part.length, *shape)
   low, high = place(coordinates, whole)
   return jnp.broadcast_to(low, shape), high
 
