@@ -75,10 +75,10 @@ class Plain:
     self._params = params
 
   def __call__(self, fn, *args):
-    """fn of the parameters and args."""
+    """The function of the parameters and args."""
     return jax.checkpoint(fn)(self._params, *args)
 
   def scan(self, fn, x, *args):
-    """fn of each layer's parameters, x and args, one after the other."""
+    """The function of each layer's parameters, x and args, one after the other."""
     body = jax.checkpoint(lambda x, w: (fn(w, x, *args), None))
     return jax.lax.scan(body, x, self._params)[0]

@@ -86,7 +86,7 @@ def _norm(x):
   return (wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def _layer(x, w):
+def layer(x, w):
   """A pre-norm transformer layer on x [TOKENS, WIDTH]; what `scan` takes."""
   q, k, v = jnp.split((_norm(x) @ w["qkv"]).reshape(len(x), -1, HEAD), 3, axis=1)
   heads = jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -96,5 +96,5 @@ def _layer(x, w):
 
 def transformer_loss(params, x):
   """A loss of `TRANSFORMER`: its layers scanned and rematerialised."""
-  y, _ = jax.lax.scan(jax.checkpoint(_layer), x, params)
+  y, _ = jax.lax.scan(jax.checkpoint(layer), x, params)
   return jnp.mean(y.astype(jnp.float32) ** 2)

@@ -289,15 +289,15 @@ def attempt(size: int, name: str, prepare, seconds) -> dict:
 def markdown(rows: list[dict]) -> str:
   """The rows as a table; what is no number or word is left out."""
 
-  def cell(value):
+  def cell(value, row):
     if value is None:
-      return "failed"
+      return "failed" if "failed" in row else ""
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
   columns = [name for name in rows[0] if not isinstance(rows[0][name], dict)]
   right = [isinstance(rows[0][name], (int, float)) for name in columns]
   lines = [columns, ["---:" if r else "---" for r in right]]
-  lines += [[cell(row[name]) for name in columns] for row in rows]
+  lines += [[cell(row[name], row) for name in columns] for row in rows]
   return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -312,18 +312,23 @@ def main():
   parser.add_argument("command", choices=COMMANDS)
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   args = parser.parse_args()
+  report(lambda: COMMANDS[args.command](parser), args.command.replace("-", "_"), args.out)
+
+
+def report(run, name: str, out: pathlib.Path | None = None):
+  """Prints the tables that run returns, and writes them with versions, commit and date."""
   # Before the run: the tree may change under it.
   commit = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
   ).stdout.strip()
-  results = COMMANDS[args.command](parser)
+  results = run()
   versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
   results = {**versions, "commit": commit, "date": time.strftime("%Y-%m-%d"), **results}
   for title, rows in results["tables"].items():
     print(f"\n{title}\n\n{markdown(rows)}")
-  for name, why in results.get("absent", {}).items():
-    print(f"absent: {name} ({why})")
-  out = args.out or ROOT / f"benchmarks/results/{args.command.replace('-', '_')}.json"
+  for absent, why in results.get("absent", {}).items():
+    print(f"absent: {absent} ({why})")
+  out = out or ROOT / f"benchmarks/results/{name}.json"
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -10,7 +10,8 @@ The same model, seed and batches for every format:
 
 and, with the optimizer's statistics in 8 bits as well, bf16+8/int8. --release
 trains that again with gradient release: the backward pass applies the optimizer,
-and computes every layer a second time.
+and computes every layer a second time (which alone lowers the peak of so small a
+model; examples/release_nnx.py shows what release adds to that).
 
 Prints a table and saves `shakespeare.png` and `shakespeare.json` in --out.
 """
@@ -78,7 +79,7 @@ def train(fmt: str, args, training, held_out, vocabulary: int) -> dict:
   first = plays.sample(training, rng, args.batch, args.context)
   params = jax.jit(model.init)(jax.random.key(args.seed), first[:, :-1])["params"]
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, args.learning_rate, max(args.steps // 20, 1), args.steps
+    0.0, args.learning_rate, min(max(args.steps // 20, 1), args.steps - 1), args.steps
   )
   state = jax.jit(lambda params: make_state(fmt, params, model, args, schedule))(params)
 

@@ -1,4 +1,4 @@
-"""Compiling for an H100 (an A100, a B200) on a machine that has none: `../shared/AOT.md`.
+"""Compiling for an H100 (an A100, an L40S, a B200) on a machine that has none: `../shared/AOT.md`.
 
 The target descriptions are facts about the chips, written from their data
 sheets; the compiler wants them because there is no device to ask.
@@ -41,6 +41,11 @@ TARGETS = {
         name="NVIDIA A100-SXM4-80GB", major=8, minor=0, cores=108, clock=1.41,
         features="", bandwidth=2039000000000, l2=41943040,
         memory=85175894016, shared_per_core=167936, shared_optin=166912, threads_per_core=2048,
+    ),
+    "l40s": dict(
+        name="NVIDIA L40S", major=8, minor=9, cores=142, clock=2.52,
+        features="", bandwidth=864000000000, l2=100663296,
+        memory=47697362944, shared_per_core=102400, shared_optin=101376, threads_per_core=1536,
     ),
     "b200": dict(
         name="NVIDIA B200", major=10, minor=0, cores=148, clock=1.965,

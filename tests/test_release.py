@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from conftest import assert_trees_equal
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -512,3 +513,20 @@ def test_bad_input():
   masked = lowmem.delta_bits(optax.adamw(1e-3, mask=decayed), elementwise=True)
   with pytest.raises(ValueError, match="mask"):
     lowmem.fused_backward(loss_fn, masked)(*lowmem.init(masked, make_params()), *batch)
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum"])
+def test_law_15_interpreted_kernels(name):
+  """A kernel on a layer of a stack is the kernel on the stack, bit for bit."""
+  tx = OPTIMIZERS[name](implementation="mosaic_gpu")
+  params = {"blocks": make_params()["blocks"], "last": {"w": jnp.ones((WIDTH, 32))}}
+  del params["blocks"]["bias"], params["blocks"]["gain"]
+
+  def loss_fn(layers, tokens, targets):
+    x = jax.nn.one_hot(tokens, WIDTH, dtype=jnp.bfloat16)
+    x = layers["blocks"].scan(lambda w, x: x + jax.nn.gelu(x @ w["up"]) @ w["down"], x)
+    y = layers["last"](lambda w, x: x @ w["w"], x)
+    return jnp.mean((y - targets[:, None]).astype(jnp.float32) ** 2)
+
+  with plgpu.force_gpu_interpret_mode():
+    check_same(tx, loss_fn=loss_fn, params=params, count=2)
