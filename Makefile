@@ -9,10 +9,11 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test test-oldest test-wheel bench-cpu bench-h100-compile bench-gpu lint format clean
+.PHONY: help demo test test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
+  bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
-	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 24
 
 demo: .venv/demo.stamp  ## train a GPT on Shakespeare in six formats (about 6 minutes on two cores), show table and figure
 	$(BIN)/python -m examples.shakespeare --out out
@@ -37,6 +38,13 @@ bench-cpu: .venv/demo.stamp  ## time and bytes of an optimizer step on this CPU,
 
 bench-h100-compile: .venv/test.stamp .venv/peers.stamp  ## compile for an H100: peak bytes of a training step, temporaries and launches (10 minutes)
 	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.step h100-compile
+
+bench-release-compile: .venv/test.stamp .venv/peers.stamp  ## gradient release, compiled for an H100 and an L40S: peak memory by part, up to 8B parameters (3 minutes)
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.release h100-compile
+
+bench-release-cpu: .venv/demo.stamp  ## gradient release on this CPU: time of a training step against one that keeps its gradients; AdamA's loss
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.release cpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.adama
 
 bench-gpu: .venv/peers.stamp  ## on a GPU: an optimizer step against a copy of the same bytes, and against peers
 	PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.step gpu
