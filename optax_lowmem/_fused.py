@@ -53,12 +53,11 @@ def fused(
       """The gradient to read, and what it is to be multiplied by there."""
       g = gradients[name]
       _, scaled, factor = session.scaled.get(id(g), (g, g, None))
+      g, factor = (scaled, factor) if jnp.result_type(scaled).itemsize <= 4 else (g, None)
       # What a member in front computes (clipping) XLA fuses into its own passes; for a kernel it
       # writes a copy of the leaf's gradient, which must be a small part of all gradients.
       is_copied = id(g) not in session.given and jnp.size(g) * 16 > total
       how = "xla" if implementation is None and is_copied else implementation
-      is_wide = jnp.result_type(scaled).itemsize > 4
-      g, factor = (g, None) if is_wide else (scaled, factor)
       return Gradient(jnp.asarray(g), factor, how)
 
     sources = {name: source(name) for name in steps.held.by_name}

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 from jax.extend.core import get_opaque_trace_state
 import jax.numpy as jnp
+import numpy as np
 
 from optax_lowmem import _tree
 
@@ -88,6 +89,12 @@ class Layer:
     """`fn(params[key], *args)`."""
     return self._call(fn, args)
 
+  def __getitem__(self, key):
+    raise TypeError(
+      "A layer's parameters are what the function that it is called with gets:"
+      " layers[key](lambda params, x: ..., x)."
+    )
+
   def scan(self, fn, x, *args):
     """`x = fn(params[key][l], x, *args)` for each layer of a stack, l = 0 .. L-1."""
     return self._scan(fn, x, args)
@@ -97,7 +104,22 @@ def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> 
   """Layers that only call their functions, and add to uses how: "call" or "scan"."""
   trace = get_opaque_trace_state(convention="flax")
 
+  running: list[Any] = []
+
+  def run(key, fn, *args):
+    """The function's result; it calls no other layer."""
+    running.append(key)
+    try:
+      return fn(*args)
+    finally:
+      running.pop()
+
   def used(key, how: str):
+    if running:
+      raise ValueError(
+        f"layers[{key!r}] is called inside the function of layers[{running[-1]!r}]; layers are"
+        " called one after the other."
+      )
     if get_opaque_trace_state(convention="flax") != trace:
       raise ValueError(
         f"layers[{key!r}] is called inside a transformation of the loss function (scan, cond, vmap,"
@@ -109,7 +131,7 @@ def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> 
   def handle(key, group: Group) -> Layer:
     def call(fn, args):
       used(key, "call")
-      return fn(group.join(by_name), *args)
+      return run(key, fn, group.join(by_name), *args)
 
     def scan(fn, x, args):
       used(key, "scan")
@@ -117,7 +139,7 @@ def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> 
       check_stack(group, weights)
 
       def body(x, w):
-        y = fn(w, x, *args)
+        y = run(key, fn, w, x, *args)
         _check_carry(key, x, y)
         return y, None
 
@@ -152,7 +174,8 @@ class _Arrays:
 
   def __init__(self, tree):
     leaves, self._treedef = jax.tree.flatten(tree)
-    self._static = {i: x for i, x in enumerate(leaves) if not hasattr(x, "dtype")}
+    is_array = lambda x: isinstance(x, (jax.Array, np.ndarray, np.generic))
+    self._static = {i: x for i, x in enumerate(leaves) if not is_array(x)}
     self._is_wide = [_tree.is_inexact(x) for x in leaves]
     self.smooth = [x for i, x in self._dynamic(leaves) if self._is_wide[i]]
     self.others = [x for i, x in self._dynamic(leaves) if not self._is_wide[i]]
@@ -181,6 +204,9 @@ class Backward(Protocol):
 
   def consume(self, gradients: dict[str, jax.Array], carry, index) -> Any:
     """The carry after a layer's gradients; index is its place in a stack, or None."""
+
+  def after(self, ct, carry) -> Any:
+    """The cotangents that go on to the layer before, once the carry is there."""
 
   def finish(self, names: Collection[str], carry):
     """Takes the carry when a layer, or a whole stack, is done."""
@@ -252,11 +278,13 @@ class Releasing:
 
       _, vjp = jax.vjp(of, lows, mine, smooth)
       gradients, ct_mine, ct_smooth = vjp(ct)
-      self.backward.finish(released, self.backward.consume(gradients, state, None))
-      return jnp.zeros_like(dummy), ct_mine, ct_smooth, None
+      state = self.backward.consume(gradients, state, None)
+      self.backward.finish(released, state)
+      return jnp.zeros([], jnp.float32), ct_mine, self.backward.after(ct_smooth, state), None
 
     layer.defvjp(forward, backward)
-    return layer(dummy, mine, split.smooth, split.others)
+    with _no_closures(group.key):
+      return layer(dummy, mine, split.smooth, split.others)
 
   def _scan(self, group: Group, released, mine, others, dummy, fn, x, args):
     x = jax.tree.map(jnp.asarray, x)
@@ -273,7 +301,7 @@ class Releasing:
 
       def body(x, w):
         lows, mine, others = w
-        y = _Arrays(compute(lows, mine, others, x, smooth, exact))
+        y = _Arrays(jax.tree.map(jnp.asarray, compute(lows, mine, others, x, smooth, exact)))
         return (y.smooth, y.others), x
 
       return jax.lax.scan(body, x, stacks)
@@ -301,7 +329,7 @@ class Releasing:
 
         def of(lows, mine, x, smooth):
           y = compute(lows, mine, others, (x, x_exact), smooth, exact)
-          return _Arrays(y).smooth
+          return _Arrays(jax.tree.map(jnp.asarray, y)).smooth
 
         _, vjp = jax.vjp(of, lows, mine, x, smooth)
         gradients, ct_mine, ct_x, more = vjp(ct_x)
@@ -313,11 +341,12 @@ class Releasing:
       start = ct[0], zeros, self.backward.start(released)
       (ct_x, ct_smooth, state), ct_mine = jax.lax.scan(body, start, xs, reverse=True)
       self.backward.finish(released, state)
-      return jnp.zeros_like(dummy), ct_mine, (ct_x, None), ct_smooth, None
+      return jnp.zeros([], jnp.float32), ct_mine, (ct_x, None), ct_smooth, None
 
     stack.defvjp(forward, backward)
     inputs = (split_x.smooth, split_x.others), split_args.smooth, split_args.others
-    return split_x.join(*stack(dummy, mine, *inputs))
+    with _no_closures(group.key):
+      return split_x.join(*stack(dummy, mine, *inputs))
 
 
 def _barrier(kept, ct):

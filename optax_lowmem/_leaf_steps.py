@@ -16,6 +16,7 @@ import optax
 
 from optax_lowmem import _tree
 from optax_lowmem._delta_bits import DeltaBitsState, Formats, _check_residuals, _streams
+from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
 from optax_lowmem._quantize_state import QuantizedState
 from pallas_kernels import DeltaFormat, launch
@@ -160,8 +161,8 @@ class LeafSteps:
     self._scalars = [x for path, x in _leaves(self._old_rest) if path in fixed]
     if len(self._scalars) + max(map(len, self._of_leaves(places).values()), default=0) < len(fixed):
       raise ValueError(
-        "The optimizer is declared elementwise, but its state has something else than counters and"
-        " arrays of the parameters' shapes."
+        "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
+        " shapes alone."
       )
     self._step = state.step + 1
     self._of = self._of_leaves(places)
@@ -283,7 +284,10 @@ def _parts(state):
 
 
 # In whose states masks, or statistics that are stored by ours, cannot be looked through.
-_WRAPPERS = (optax.MaskedState, optax.PartitionState, QuantizedState, DeltaBitsState)
+_WRAPPERS = (
+  optax.MaskedState, optax.PartitionState, optax.MultiStepsState, optax.ApplyIfFiniteState,
+  QuantizedState, DeltaBitsState, LossScaleState,
+)  # fmt: skip
 
 
 def _check_elementwise(inner_state):
@@ -293,8 +297,8 @@ def _check_elementwise(inner_state):
     if isinstance(node, _WRAPPERS):
       raise ValueError(
         f"The optimizer is declared elementwise, but has a {type(node).__name__} inside. A mask"
-        " decides by the whole leaf (lowmem.adamw and lion take mask=), and quantize_state stands"
-        " right inside delta_bits, elementwise=True in both."
+        " decides by the whole leaf (lowmem.adamw and lion take mask=); quantize_state stands right"
+        " inside delta_bits, elementwise=True in both, and a loss scale around it."
       )
 
 

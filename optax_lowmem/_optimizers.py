@@ -243,7 +243,7 @@ def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:
   """What a micro-batch adds to Adam's moments, which decay only when the last one comes (AdamA)."""
   if nesterov:
     return "with nesterov=True the update needs the whole gradient besides the moments"
-  if any(isinstance(b, (int, float)) and b == 0 for b in (b1, b2)):
+  if any(not isinstance(b, jax.core.Tracer) and b == 0 for b in (b1, b2)):
     return "a moment with b1=0 or b2=0 keeps nothing of earlier micro-batches"
 
   def fold(field: str, x, g):
@@ -254,6 +254,7 @@ def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:
 
 def _sgd_fold(momentum, nesterov: bool) -> Fold | str:
   """What a micro-batch adds to SGD's accumulator, which decays when the last one comes."""
-  if momentum is None or nesterov or (isinstance(momentum, (int, float)) and momentum == 0):
+  is_zero = momentum is not None and not isinstance(momentum, jax.core.Tracer) and momentum == 0
+  if momentum is None or nesterov or is_zero:
     return "the update of SGD needs the whole gradient, except with momentum and nesterov=False"
   return lambda field, x, g: x + g / momentum

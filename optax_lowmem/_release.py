@@ -26,6 +26,11 @@ _INSTEAD = {
   "MultiSteps": "pass accumulate= to fused_backward",
   "apply_if_finite": "wrap the optimizer in lowmem.dynamic_loss_scale, which skips such steps",
   "add_decayed_weights": "pass weight_decay= to lowmem.adamw or lowmem.lion",
+  "inject_hyperparams": "pass a schedule, or make tx of a traced learning rate inside jit",
+  "masked": 'give the leaves that are left alone the weight format "fp32", or a mask= for decay',
+  "partition": "use one optimizer, with weights= by leaf",
+  "clip": "wrap the whole: lowmem.delta_bits(optax.chain(optax.clip(x), optax.adamw(lr)),"
+  " elementwise=True)",
   "scale_by_learning_rate": "pass learning_rate= to the optimizer, perhaps a schedule",
   "scale_by_schedule": "pass learning_rate= to the optimizer, perhaps a schedule",
   "scale": "pass learning_rate= to the optimizer, perhaps a schedule",
@@ -124,6 +129,11 @@ def fused_backward(
     return step
 
   def step_state(state, *batch):
+    if not hasattr(state, "tx"):
+      raise TypeError(
+        f"Without tx= the step takes a lowmem.TrainState; got {type(state).__name__}. With it:"
+        " fused_backward(loss_fn, tx)(params, opt_state, *batch)."
+      )
     chain = _chain_of(state.tx, options)
     if not isinstance(state.params, jax.Array) and _OVERWRITTEN in state.params:
       raise ValueError(f"fused_backward does not take params with {_OVERWRITTEN!r} collections.")
@@ -147,9 +157,11 @@ class _Options(NamedTuple):
 
 def _chain_of(tx, options: _Options) -> _Chain:
   """What tx is made of; raises for what cannot be stepped leaf by leaf."""
-  update, advance = tx.update, None
+  if not callable(getattr(tx, "update", None)):
+    raise TypeError(f"tx is an Optax transformation; got {type(tx).__name__}.")
+  update, advance = _only_member(tx.update), None
   if hasattr(update, "advance"):
-    update, advance = update.inner.update, update.advance
+    update, advance = _only_member(update.inner.update), update.advance
   if hasattr(update, "optimizer"):
     optimizer = update.optimizer
   elif hasattr(update, "elementwise"):
@@ -169,7 +181,7 @@ def _refuse(update):
   names = []
   for member in _members(update):
     if not any(hasattr(member, x) for x in ("optimizer", "advance", "elementwise")):
-      name = member.__qualname__.split(".")[0]
+      name = getattr(member, "__qualname__", type(member).__name__).split(".")[0]
       names.append("quantize_state" if name == "quantize" else name)
   # The one that there is another way for is the one to name first.
   names.sort(key=lambda name: name not in _INSTEAD)
@@ -185,9 +197,15 @@ def _refuse(update):
   )
 
 
+def _only_member(update):
+  """Looks into chains of one."""
+  members = _members(update)
+  return members[0] if len(members) == 1 else update
+
+
 def _members(update):
   """The update functions of a chain, as Optax's closures hold them; else this one."""
-  kind = update.__qualname__.split(".")[0]
+  kind = getattr(update, "__qualname__", type(update).__name__).split(".")[0]
   cells = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
   if kind == "with_extra_args_support":
     return [m for x in cells if hasattr(x, "update") for m in _members(x.update)]
@@ -224,6 +242,16 @@ class _Measure:
       new[name] = total, finite & jnp.all(jnp.isfinite(g))
     return new
 
+  def after(self, ct, carry):
+    # Without this XLA measures many layers at once, in the end, and keeps their gradients for it.
+    # The condition always holds, which no compiler finds out.
+    marks = [jax.lax.bitcast_convert_type(total, jnp.uint32) for total, _ in carry.values()]
+    marks += [finite.astype(jnp.uint32) for _, finite in carry.values()]
+    if not marks:
+      return ct
+    holds = jnp.all(jnp.stack(marks) != jnp.uint32(0xFFFFFFFF))
+    return jax.tree.map(lambda x: jnp.where(holds, x, jnp.zeros_like(x)), ct)
+
   def finish(self, names, carry):
     self.measured |= {name: carry[name] for name in names}
 
@@ -247,7 +275,16 @@ class _Apply:
     sources = {name: Gradient(g, factor, implementation) for name, g in gradients.items()}
     return self._steps.step(carry, sources, taken, index, self._micro_batch)
 
+  def after(self, ct, carry):
+    del carry
+    return ct
+
   def finish(self, names, carry):
+    if again := self.stepped & set(names):
+      raise ValueError(
+        f"params{min(again)} is used by a layer that is called once when the loss is first traced,"
+        " and more than once afterwards. loss_fn has to make the same calls each time."
+      )
     self.stored |= carry
     self.stepped |= set(names)
 
@@ -267,9 +304,14 @@ class _Step:
   def __init__(self, options: _Options, chain: _Chain, params, opt_state):
     self._options, self._chain, self._params = options, chain, params
     self._opt_state = opt_state
-    inner = opt_state if chain.advance is None else opt_state.inner_state
-    if not isinstance(inner, (DeltaBitsState, QuantizedState)):
-      raise ValueError(f"opt_state is not this optimizer's: {type(inner).__name__}.")
+    is_scaled = isinstance(opt_state, _loss_scale.LossScaleState)
+    inner = opt_state.inner_state if is_scaled else opt_state
+    kinds = (DeltaBitsState, QuantizedState)
+    if is_scaled != (chain.advance is not None) or not isinstance(inner, kinds):
+      raise ValueError(
+        f"opt_state is not this optimizer's, but a {type(opt_state).__name__}. A step with tx="
+        " takes (params, opt_state, *batch), one without a lowmem.TrainState."
+      )
     self._steps = LeafSteps(chain.optimizer, inner, params, params)
     self._groups = _layers.groups(params)
     self._by_name = _tree.named_leaves(params)
@@ -371,8 +413,8 @@ class _Step:
     layers.backward.finish(gradients, layers.backward.consume(gradients, start, None))
     measured = layers.backward.measured
     in_order = [measured[name] for name in self._by_name if name in measured]
-    norm = jnp.sqrt(sum(total for total, _ in in_order))
-    return jnp.all(jnp.stack([finite for _, finite in in_order])), norm
+    norm = jnp.sqrt(sum((total for total, _ in in_order), start=jnp.zeros([], jnp.float32)))
+    return jnp.all(jnp.array([finite for _, finite in in_order], bool)), norm
 
   def _once(self, batch, scale, inverse):
     """Forward and backward of the whole batch."""
@@ -454,7 +496,9 @@ class _Step:
       if name in gradients:
         g = gradients[name]
         return g if factor is None else _loss_scale.unscale(g, factor)
-      return jnp.zeros_like(x) if _tree.is_inexact(x) else np.zeros(x.shape, jax.dtypes.float0)
+      # Integers have no gradient; what Optax makes of zeros is what `lowmem.step` makes of them.
+      is_number = not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+      return jnp.zeros_like(x) if is_number else np.zeros(x.shape, jax.dtypes.float0)
 
     updates, rest = steps.step_rest(_tree.map_named(whole, self._params))
     if taken is not None:

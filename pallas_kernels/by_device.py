@@ -30,9 +30,9 @@ def by_device(programs: Mapping[str, Callable], *args) -> Any:
   """Calls one of several programs with equal results.
 
   Args:
-    programs: by kind of device: "any" (needed), "mosaic_gpu" (one NVIDIA GPU
-      that the kernels compile for) and "cpu" (one CPU device). They close
-      over no tracers.
+    programs: by kind of device: "any" (needed), "gpu", "mosaic_gpu" (one
+      NVIDIA GPU that the kernels compile for) and "cpu" (one CPU device). They
+      close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
 
   Returns:
@@ -64,7 +64,7 @@ class _Struct:
 
 def _flat_program(kind: str, programs, treedef):
   by_kind: dict[str, Callable] = dict(programs)
-  program = by_kind.get(kind) or by_kind["any"]
+  program = by_kind.get(kind) or (kind == "mosaic_gpu" and by_kind.get("gpu")) or by_kind["any"]
   return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
 
 
@@ -102,14 +102,14 @@ def _lower(ctx, *args, programs, treedef, result):
 
 def _kind(devices, platforms) -> str:
   if len(devices) != 1 or len(platforms) != 1:
-    return "any"
+    return "gpu" if platforms == ("cuda",) else "any"
   (device,) = devices
   if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):  # exported for another
     return "any"
   if device.platform == "cpu":
     return "cpu"
   capability = float(getattr(device, "compute_capability", 0)) if _is_nvidia(device) else 0
-  return "mosaic_gpu" if capability >= 9.0 else "any"
+  return "mosaic_gpu" if capability >= 9.0 else "gpu"
 
 
 def _is_nvidia(device) -> bool:

@@ -112,6 +112,7 @@ def fused_update_leaves(
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
   shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
   takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes + stacks))
+  scalars: Any = ()
   if implementation == "mosaic_gpu" and takes_kernel:
     scalars, rules = _hoisted(rule, formats, launch_blocks.tile_rows(shapes))
     return _kernel(rules, formats, scalars, leaves, when, index)
@@ -121,22 +122,29 @@ def fused_update_leaves(
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
   whole = functools.partial(_xla_leaves, rule, formats)
+  operands = leaves, when, index
   sizes: list[int] = []
-  if all(chunked.takes(shape, fmt) for shape in stacks):
+  is_chunked = all(chunked.takes(shape, fmt) for shape in stacks)
+  if is_chunked:
     sizes += [n for shape in shapes for n in chunked.sizes(shape)]
   is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
   if is_kernel:
     sizes += launch_blocks.tile_rows(shapes)
-  if not sizes or has_own_stream or _is_wide(rule, formats):
-    return whole(leaves, when, index)
   # A program for a device closes over no tracer, as the rule may.
-  scalars, rules = _hoisted(rule, formats, sizes)
-  closed, result = jax.make_jaxpr(whole, return_shape=True)(leaves, when, index)
+  closed, result = jax.make_jaxpr(whole, return_shape=True)(*operands)
+  on_gpu = jax.make_jaxpr(functools.partial(whole, contracts=True))(*operands)
+
+  def evaluated(jaxpr, consts, operands):
+    flat = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(operands))
+    return jax.tree.unflatten(jax.tree.structure(result), flat)
 
   def any_device(consts, scalars, *operands):
     del scalars
-    flat = jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(operands))
-    return jax.tree.unflatten(jax.tree.structure(result), flat)
+    return evaluated(closed.jaxpr, consts[0], operands)
+
+  def gpu(consts, scalars, *operands):
+    del scalars
+    return evaluated(on_gpu.jaxpr, consts[1], operands)
 
   def one_cpu(consts, scalars, *operands):
     del consts
@@ -146,8 +154,12 @@ def fused_update_leaves(
     del consts
     return _kernel(rules, formats, scalars, *operands)
 
-  programs = {"any": any_device, "cpu": one_cpu} | ({"mosaic_gpu": kernel} if is_kernel else {})
-  return by_device(programs, closed.consts, scalars, leaves, when, index)
+  programs = {"any": any_device, "gpu": gpu}
+  if sizes and not has_own_stream and not _is_wide(rule, formats):
+    scalars, rules = _hoisted(rule, formats, sizes)
+    programs |= {"cpu": one_cpu} if is_chunked else {}
+    programs |= {"mosaic_gpu": kernel} if is_kernel else {}
+  return by_device(programs, (closed.consts, on_gpu.consts), scalars, *operands)
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -208,24 +220,29 @@ def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
   return ""
 
 
-def _xla_leaves(rule, formats, leaves, when, index):
-  """The step as an XLA program; leaves of one shape are traced once."""
-  xla = jax.jit(functools.partial(_xla if index is None else _xla_in_stack, rule, formats))
+def _xla_leaves(rule, formats, leaves, when, index, contracts: bool = False):
+  """The step as an XLA program; leaves of one shape are traced once.
+
+  XLA:GPU may contract: kept from it, it keeps more in memory between its passes
+  (8 bytes a value of a leaf with clipping in front).
+  """
+  xla = _xla if index is None else _xla_in_stack
+  xla = jax.jit(functools.partial(xla, rule, formats, contracts=contracts))
   return [xla(leaf, when, index) for leaf in leaves]
 
 
-def _xla_in_stack(rule, formats, leaf: Leaf, when, index):
+def _xla_in_stack(rule, formats, leaf: Leaf, when, index, contracts: bool = False):
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   part = Part(index, leaf.low.shape[0])
   low, delta, statistics = stored
   one = leaf._replace(low=low, delta=delta, statistics=statistics)
-  new = _xla(rule, formats, one, when, part)
+  new = _xla(rule, formats, one, when, part, contracts)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
 
-def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
+def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None, contracts: bool = False):
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
   bits, own_bits = (
@@ -235,11 +252,11 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
-  portable = _portable(rule, low.shape, len(statistics))
+  hoisted = _whole(rule, low.shape, len(statistics), contracts)
 
   def run(stored):
     values = map(state_formats.dequantize, stored, statistic_formats)
-    return portable(gradient, master, list(values))
+    return hoisted(gradient, master, list(values))
 
   update, values = run(statistics)
   scales = [
@@ -260,7 +277,7 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
   ]
   new = low, delta, new_statistics
   if update is not None:
-    update = arithmetic.rounded(update)
+    update = update if contracts else arithmetic.rounded(update)
     if fmt.is_full_precision:
       new_low, new_wide = low + update, None
     else:
@@ -271,14 +288,14 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
   return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
 
 
-def _portable(rule: Rule, shape: tuple[int, ...], count: int) -> Rule:
-  """The rule on arrays of a shape, with the same bits in whatever program."""
+def _whole(rule: Rule, shape: tuple[int, ...], count: int, contracts: bool) -> Rule:
+  """The rule on arrays of a shape; the same bits in whatever program, unless it contracts."""
   struct = jax.ShapeDtypeStruct(shape or (1,), jnp.float32)
   scalars, rest = hoist(rule, (struct, struct, [struct] * count))
 
   def call(*args):
     args = jax.tree.map(lambda x: x.reshape(struct.shape), args)
-    return jax.tree.map(lambda x: x.reshape(shape), rest(scalars, *args))
+    return jax.tree.map(lambda x: x.reshape(shape), rest(scalars, *args, contracts=contracts))
 
   return call
 

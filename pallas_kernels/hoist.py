@@ -19,6 +19,13 @@ _NO_PRODUCTS = {
 }  # fmt: skip
 
 
+# Of one array's shape, and yet not elementwise.
+_NOT_ELEMENTWISE = (
+  "cum", "sort", "rev", "fft", "iota", "random", "threefry", "gather", "scatter", "dynamic", "roll",
+  "conv", "dot", "triangular", "cholesky", "while", "scan",
+)  # fmt: skip
+
+
 def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
   """Takes what f computes of scalars alone out of f.
 
@@ -34,6 +41,9 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     closes over no tracer. A division by one of them is a multiplication by its
     reciprocal (an error of 1 ulp, for divisors up to 2**126). With contracts,
     multiplications and additions may be contracted.
+
+  Raises:
+    ValueError: if f is not elementwise, or closes over an array.
   """
   closed, out = jax.make_jaxpr(f, return_shape=True)(*structs)
   # Once more, without functions under jit, which may compute scalars and arrays.
@@ -48,6 +58,8 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
       _evaluate(eqn, known, known)
     else:
       kept.append(eqn)
+
+  _check_elementwise(kept, {x.shape for x in flat})
 
   used: dict[Any, int] = {}  # scalars that the rest reads, and where they are passed
   inverted: dict[Any, int] = {}
@@ -93,6 +105,23 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     return jax.tree.unflatten(jax.tree.structure(out), [_read(env, x) for x in jaxpr.outvars])
 
   return scalars, rest
+
+
+def _check_elementwise(eqns, shapes):
+  """Raises for what mixes elements; of arrays of several shapes only by its name."""
+  for eqn in eqns:
+    name, outs = eqn.primitive.name, [getattr(x.aval, "shape", ()) for x in eqn.outvars]
+    one_shape = len(shapes) == 1 and () not in shapes
+    if name.startswith(("reduce", "arg")) and name != "reduce_precision":
+      mixes = any(x.aval.shape for x in eqn.invars)
+    else:
+      mixes = name.startswith(_NOT_ELEMENTWISE) or (one_shape and not set(outs) <= shapes)
+    if mixes:
+      raise ValueError(
+        f"An optimizer that steps one leaf at a time is elementwise; this one uses {name!r} of"
+        f" {', '.join(str(x.aval) for x in eqn.invars)}. (Clipping by norms, trust ratios, noise and"
+        " the like see more than one element.)"
+      )
 
 
 def _inlined(jaxpr, consts, args):
