@@ -253,6 +253,7 @@ class Releasing:
 
   def _call(self, group: Group, released, mine, others, dummy, fn, args):
     split = _Arrays(args)
+    is_smooth: list[bool] = []  # whether something is differentiated by an argument
 
     def compute(lows, mine, smooth, exact):
       with _no_closures(group.key):
@@ -265,30 +266,36 @@ class Releasing:
 
     def forward(dummy, *inputs):
       del dummy
+      is_smooth[:] = [x.perturbed for x in inputs[1]]
+      inputs = _values(inputs)
       return compute(self._now(released), *inputs), inputs
 
     def backward(inputs, ct):
+      ct = _with_zeros(ct)
       state = self.backward.start(released)
       lows = self.backward.lows(released, state)
       # Or the recomputation would be found to be the forward pass, and all of that kept.
       (lows, (mine, smooth, exact)), ct = _barrier((lows, inputs), ct)
+      wrt, whole = _choose(smooth, is_smooth)
 
-      def of(lows, mine, smooth):
-        return compute(lows, mine, smooth, exact)
+      def of(lows, mine, wrt):
+        return compute(lows, mine, whole(wrt), exact)
 
-      _, vjp = jax.vjp(of, lows, mine, smooth)
-      gradients, ct_mine, ct_smooth = vjp(ct)
+      _, vjp = jax.vjp(of, lows, mine, wrt)
+      gradients, ct_mine, ct_wrt = vjp(ct)
       state = self.backward.consume(gradients, state, None)
       self.backward.finish(released, state)
-      return jnp.zeros([], jnp.float32), ct_mine, self.backward.after(ct_smooth, state), None
+      ct_smooth = _spread(self.backward.after(ct_wrt, state), is_smooth)
+      return jnp.zeros([], jnp.float32), ct_mine, ct_smooth, None
 
-    layer.defvjp(forward, backward)
+    layer.defvjp(forward, backward, symbolic_zeros=True)
     with _no_closures(group.key):
       return layer(dummy, mine, split.smooth, split.others)
 
   def _scan(self, group: Group, released, mine, others, dummy, fn, x, args):
     x = jax.tree.map(jnp.asarray, x)
     split_x, split_args = _Arrays(x), _Arrays(args)
+    is_smooth: list[bool] = []
 
     def compute(lows, mine, others, x, smooth, exact):
       with _no_closures(group.key):
@@ -312,41 +319,82 @@ class Releasing:
       return run(mine, x, smooth, exact)[0]
 
     def forward(dummy, mine, x, smooth, exact):
+      is_smooth[:] = [x.perturbed for x in smooth]
+      mine, x, smooth, exact = _values((mine, x, smooth, exact))
       y, xs = run(mine, x, smooth, exact)
       return y, (mine, xs, smooth, exact)
 
     def backward(saved, ct):
+      ct = _with_zeros(ct)
       mine, xs, smooth, exact = saved
+      wrt, whole = _choose(smooth, is_smooth)
       length = jax.tree.leaves((self._now(released), mine, others))[0].shape[0]
 
       def body(carry, layer):
-        ct_x, ct_smooth, state = carry
+        ct_x, ct_wrt, state = carry
         i, mine, others, (x, x_exact) = layer
         lows = {
           name: jax.lax.dynamic_index_in_dim(low, i, keepdims=False)
           for name, low in self.backward.lows(released, state).items()
         }
 
-        def of(lows, mine, x, smooth):
-          y = compute(lows, mine, others, (x, x_exact), smooth, exact)
+        def of(lows, mine, x, wrt):
+          y = compute(lows, mine, others, (x, x_exact), whole(wrt), exact)
           return _Arrays(jax.tree.map(jnp.asarray, y)).smooth
 
-        _, vjp = jax.vjp(of, lows, mine, x, smooth)
+        _, vjp = jax.vjp(of, lows, mine, x, wrt)
         gradients, ct_mine, ct_x, more = vjp(ct_x)
         state = self.backward.consume(gradients, state, i)
-        return (ct_x, jax.tree.map(jnp.add, ct_smooth, more), state), ct_mine
+        return (ct_x, jax.tree.map(jnp.add, ct_wrt, more), state), ct_mine
 
-      zeros = jax.tree.map(jnp.zeros_like, smooth)
+      zeros = jax.tree.map(jnp.zeros_like, wrt)
       xs = jnp.arange(length), mine, others, xs
       start = ct[0], zeros, self.backward.start(released)
-      (ct_x, ct_smooth, state), ct_mine = jax.lax.scan(body, start, xs, reverse=True)
+      (ct_x, ct_wrt, state), ct_mine = jax.lax.scan(body, start, xs, reverse=True)
       self.backward.finish(released, state)
+      ct_smooth = _spread(ct_wrt, is_smooth)
       return jnp.zeros([], jnp.float32), ct_mine, (ct_x, None), ct_smooth, None
 
-    stack.defvjp(forward, backward)
+    stack.defvjp(forward, backward, symbolic_zeros=True)
     inputs = (split_x.smooth, split_x.others), split_args.smooth, split_args.others
     with _no_closures(group.key):
       return split_x.join(*stack(dummy, mine, *inputs))
+
+
+def _values(primals):
+  """What `custom_vjp` gives a forward function with symbolic_zeros, as arrays."""
+  return jax.tree.map(lambda x: x.value, primals)
+
+
+def _with_zeros(ct):
+  """The cotangents, with arrays for symbolic zeros."""
+  is_zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
+
+  def instantiate(x):
+    if not is_zero(x):
+      return x
+    if x.dtype == jax.dtypes.float0:
+      return np.zeros(x.shape, x.dtype)
+    return jnp.zeros(x.shape, x.dtype)
+
+  return jax.tree.map(instantiate, ct, is_leaf=is_zero)
+
+
+def _choose(arrays, chosen: list[bool]):
+  """The chosen arrays, and a function that puts such back among the others."""
+  some = [x for x, choose in zip(arrays, chosen, strict=True) if choose]
+
+  def whole(some):
+    some = iter(some)
+    return [next(some) if choose else x for x, choose in zip(arrays, chosen, strict=True)]
+
+  return some, whole
+
+
+def _spread(some, chosen: list[bool]):
+  """The chosen ones' cotangents, and None for the others."""
+  some = iter(some)
+  return [next(some) if choose else None for choose in chosen]
 
 
 def _barrier(kept, ct):

@@ -159,7 +159,8 @@ class LeafSteps:
     one = optimizer.make(None if optimizer.mask is None else True)
     fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
     self._scalars = [x for path, x in _leaves(self._old_rest) if path in fixed]
-    if len(self._scalars) + max(map(len, self._of_leaves(places).values()), default=0) < len(fixed):
+    counts = {len(self._scalars) + len(of) for of in self._of_leaves(places).values()}
+    if not counts <= {len(fixed)}:
       raise ValueError(
         "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
         " shapes alone."

@@ -22,7 +22,7 @@ _NO_PRODUCTS = {
 # Of one array's shape, and yet not elementwise.
 _NOT_ELEMENTWISE = (
   "cum", "sort", "rev", "fft", "iota", "random", "threefry", "gather", "scatter", "dynamic", "roll",
-  "conv", "dot", "triangular", "cholesky", "while", "scan",
+  "conv_general", "dot", "triangular", "cholesky", "while", "scan",
 )  # fmt: skip
 
 
@@ -119,8 +119,8 @@ def _check_elementwise(eqns, shapes):
     if mixes:
       raise ValueError(
         f"An optimizer that steps one leaf at a time is elementwise; this one uses {name!r} of"
-        f" {', '.join(str(x.aval) for x in eqn.invars)}. (Clipping by norms, trust ratios, noise and"
-        " the like see more than one element.)"
+        f" {', '.join(str(x.aval) for x in eqn.invars)}. (Clipping by norms, trust ratios, noise"
+        " and the like see more than one element.)"
       )
 
 

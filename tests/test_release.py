@@ -143,8 +143,9 @@ def test_law_15_declared_elementwise(name):
   check_same(DECLARED[name]())
 
 
-@pytest.mark.parametrize("fmt", ["bf16+0", "bf16+16", "fp16+8", "bf16+5"])
-@pytest.mark.parametrize("moments", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+  "fmt, moments", [("bf16+0", "bf16"), ("bf16+16", "fp32"), ("fp16+8", "fp16"), ("bf16+5", "int8")]
+)
 def test_law_15_formats(fmt, moments):
   check_same(lowmem.adamw(1e-2, weights=fmt, mu=moments, nu=moments), count=2)
 
@@ -384,6 +385,48 @@ def test_train_state_and_aux():
   )
 
 
+def test_what_is_not_differentiated():
+  """Batch inputs need no derivative: operations without one; a stack's constants."""
+
+  def first(w, x):
+    x = jax.lax.while_loop(lambda x: jnp.max(jnp.abs(x)) > 1, lambda x: x / 2, x)
+    return x @ w["w"]
+
+  def loss_fn(layers, x, table):
+    def block(w, carry, table):
+      table = jax.lax.while_loop(lambda t: jnp.max(t) > 1, lambda t: t / 2, table)
+      return jnp.tanh(carry[0] @ w + table), 1
+
+    h, one = layers["b"].scan(block, (layers["a"](first, x), 1), table)
+    return jnp.mean(h.astype(jnp.float32) ** 2) * one
+
+  k = jax.random.split(jax.random.key(0), 2)
+  params = {
+    "a": {"w": jax.random.normal(k[0], (32, 64))},
+    "b": jax.random.normal(k[1], (3, 64, 64)),
+  }
+  tx = lowmem.adam(1e-2)
+  batch = 4 * jnp.ones((4, 32), jnp.bfloat16), 4 * jnp.ones(64, jnp.bfloat16)
+  found = jax.jit(lowmem.fused_backward(loss_fn, tx))(*lowmem.init(tx, params), *batch)
+  assert_trees_equal(found, plain_step(tx, loss_fn)(*lowmem.init(tx, params), *batch))
+
+
+def test_integer_and_unused_parameters():
+  """Integers get what Optax makes of zero gradients; a loss of no parameter at all steps, too."""
+  params = {"a": {"w": jnp.ones((4, 32)), "i": jnp.arange(3), "flag": jnp.array(True)}}
+  loss = lambda layers, x: jnp.mean(layers["a"](lambda w, x: x @ w["w"] + w["i"][1], x) ** 2)
+  tx = lowmem.dynamic_loss_scale(lowmem.sgd(0.1))
+  x = jnp.ones((2, 4), jnp.bfloat16)
+  start = lowmem.init(tx, params)
+  _, new, _ = jax.jit(lowmem.fused_backward(loss, tx))(*start, x)
+  np.testing.assert_array_equal(new["a"]["i"], params["a"]["i"])
+  assert (new["a"]["w"] != start[0]["a"]["w"]).all()
+  still = lambda layers, x: jax.lax.stop_gradient(loss(layers, x))
+  _, new, state = jax.jit(lowmem.fused_backward(still, tx, clip_norm=1.0))(*start, x)
+  assert_trees_equal(new, start[0])
+  assert state.growth_count == 1
+
+
 class Plain2(Plain):
   """Without jax.checkpoint, which does not take True for a static argument."""
 
@@ -488,6 +531,34 @@ def test_bad_input():
   with pytest.raises(ValueError, match=r"layers\['norm'\].*inside a transformation"):
     run(looped, *batch)
 
+  def nested(layers, t, y):
+    x = layers["embed"](lambda w, t: layers["norm"](norm, embed(w, t)), t)
+    return layers["head"](head, x, y)
+
+  with pytest.raises(ValueError, match=r"layers\['norm'\].*inside the function.*'embed'"):
+    run(nested, *batch)
+  with pytest.raises(TypeError, match="layers"):
+    run(lambda layers, t, y: layers["embed"]["table"].sum(), *batch)
+  calls: list[int] = []
+
+  def changing_calls(layers, t, y):
+    x = layers["embed"](embed, t)
+    calls.append(1 if calls else 0)
+    for _ in range(1 + calls[-1]):
+      x = layers["norm"](lambda w, x: x @ w["w"], x)
+    return x.sum().astype(jnp.float32)
+
+  square = {"embed": make_params()["embed"], "norm": {"w": jnp.ones((WIDTH, WIDTH))}}
+  with pytest.raises(ValueError, match="more than once"):
+    lowmem.fused_backward(changing_calls, tx)(*lowmem.init(tx, square), *batch)
+  for bad in (jnp.float32(0.0), np.float32(0.0)):
+    with pytest.raises(ValueError, match="accumulate= has no meaning"):
+      lowmem.fused_backward(loss_fn, lowmem.adam(1e-3, b2=bad), accumulate=2)
+  with pytest.raises(TypeError, match="got int"):
+    lowmem.fused_backward(loss_fn, 3)
+  with pytest.raises(TypeError, match="TrainState; got dict"):
+    lowmem.fused_backward(loss_fn)(start[0], *batch)
+
   def closing(layers, t, y):
     x = layers["embed"](embed, t)
     return layers["head"](lambda w: head(w, x, y))
@@ -510,9 +581,18 @@ def test_bad_input():
     lowmem.fused_backward(lambda layers: 0.0, tx)(*lowmem.init(tx, jnp.ones((4, 32))))
   with pytest.raises(ValueError, match="not this optimizer's"):
     lowmem.fused_backward(loss_fn, tx)(start[0], optax.adam(1e-3).init(start[0]), *batch)
-  masked = lowmem.delta_bits(optax.adamw(1e-3, mask=decayed), elementwise=True)
-  with pytest.raises(ValueError, match="mask"):
-    lowmem.fused_backward(loss_fn, masked)(*lowmem.init(masked, make_params()), *batch)
+  for inner, words in {
+    optax.adamw(1e-3, mask=decayed): "mask",
+    optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)): "elementwise.*reduce_sum",
+    optax.lamb(1e-3): "elementwise.*reduce_sum",
+    optax.chain(optax.add_noise(0.1, 0.1, 0), optax.sgd(0.1)): "elementwise.*random",
+    optax.sm3(0.1): "counters",
+    optax.adafactor(0.1): "counters",
+    lowmem.dynamic_loss_scale(optax.adam(1e-3)): "loss scale around",
+  }.items():
+    declared = lowmem.delta_bits(inner, elementwise=True)
+    with pytest.raises(ValueError, match=words):
+      lowmem.fused_backward(loss_fn, declared)(*lowmem.init(declared, make_params()), *batch)
 
 
 @pytest.mark.parametrize("name", ["adamw", "momentum"])
