@@ -28,6 +28,12 @@ MOST_IN_A_KERNEL = 16
 Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 
+_OTHER_STATE = (
+  "The state is not this optimizer's, or not one of counters and of arrays of the parameters' shapes"
+  " alone."
+)
+
+
 class _Place(NamedTuple):
   """What a leaf of the optimizer's state is.
 
@@ -103,6 +109,8 @@ class Optimizer:
 
     def rule(g, w, values):
       struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
+      if len(jax.tree.leaves(struct)) != len(paths) + len(scalars):
+        raise ValueError(_OTHER_STATE)
       values, others = dict(zip(paths, values, strict=True)), iter(scalars)
       state = [values[path] if path in values else next(others) for path, _ in _leaves(struct)]
       state = jax.tree.unflatten(jax.tree.structure(struct), state)
@@ -161,10 +169,7 @@ class LeafSteps:
     self._scalars = [x for path, x in _leaves(self._old_rest) if path in fixed]
     counts = {len(self._scalars) + len(of) for of in self._of_leaves(places).values()}
     if not counts <= {len(fixed)}:
-      raise ValueError(
-        "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
-        " shapes alone."
-      )
+      raise ValueError(_OTHER_STATE)
     self._step = state.step + 1
     self._of = self._of_leaves(places)
     statistics: dict[str, list[Any]] = {name: [] for name in self._of}
