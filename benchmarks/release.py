@@ -23,6 +23,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks import contenders, llama, shapes
 from benchmarks.step import ROOT, log, nbytes, report, seconds
@@ -37,6 +38,13 @@ def stacked_loss(layers, x):
   """The loss of `shapes.transformer_loss`, over layers."""
   y = layers["layers"].scan(lambda w, x: shapes.layer(x, w)[0], x)
   return jnp.mean(y.astype(jnp.float32) ** 2)
+
+
+def separate_loss(layers, x):
+  """The same, its layers called one by one."""
+  for key in layers:
+    x = layers[key](lambda w, x: shapes.layer(x, w)[0], x)
+  return jnp.mean(x.astype(jnp.float32) ** 2)
 
 
 def unreleased(loss_fn, contender):
@@ -74,19 +82,34 @@ def h100_compile(parser) -> dict:
       return h100.compiled(f, *structs, donate=(0, 1)), params, state
 
   small, large = [], []
-  params = {"layers": shapes.structs(shapes.TRANSFORMER)}
+  stacked = {"layers": shapes.structs(shapes.TRANSFORMER)}
+  one = {name: shape[1:] for name, shape in shapes.TRANSFORMER.items()}
+  separate = {f"{i:02}": shapes.structs(one) for i in range(shapes.LAYERS)}
   count = shapes.count(shapes.TRANSFORMER)
   released = lambda loss, tx=ADAMW, **options: lowmem.fused_backward(loss, tx, **options)
-  rows = [
+  clipped = contenders.ours(
+    "optax.clip_by_global_norm, gradients kept",
+    optax.chain(optax.clip_by_global_norm(1.0), ADAMW),
+  )
+  rows: list = [
     ("released: adamw, bf16+8, int8", ours, released(stacked_loss)),
     ("released, clip_norm", ours, released(stacked_loss, clip_norm=1.0)),
     ("released, dynamic_loss_scale, fp16+8", fp16, released(stacked_loss, FP16)),
     *(
       (c.name, c, unreleased(stacked_loss, c))
-      for c in (ours, contenders.FP32_ADAMW, contenders.BF16_ADAMW, *peer)
+      for c in (ours, clipped, contenders.FP32_ADAMW, contenders.BF16_ADAMW, *peer)
+    ),
+    ("one by one: released", ours, released(separate_loss)),
+    ("one by one: released, clip_norm", ours, released(separate_loss, clip_norm=1.0)),
+    ("one by one: gradients kept", ours, unreleased(separate_loss, ours)),
+    (
+      "one by one: clip_by_global_norm, gradients kept",
+      clipped,
+      unreleased(separate_loss, clipped),
     ),
   ]
   for name, contender, step in rows:
+    params = separate if name.startswith("one by one") else stacked
     x = jax.ShapeDtypeStruct((shapes.TOKENS, shapes.WIDTH), contender.dtype)
     done, params_low, state = compiled(contender, params, step, (x,))
     peak = done.memory_analysis().peak_memory_in_bytes

@@ -29,8 +29,8 @@ Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 
 _OTHER_STATE = (
-  "The state is not this optimizer's, or not one of counters and of arrays of the parameters' shapes"
-  " alone."
+  "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
+  " shapes alone."
 )
 
 
