@@ -481,6 +481,11 @@ REFUSED = {
   "optax": (lambda: optax.adamw(1e-3), "weight_decay= to lowmem.adamw"),
   "rmsprop": (lambda: optax.rmsprop(1e-3), "scale_by_rms.*elementwise=True|learning_rate"),
   "scaled": (lambda: lowmem.dynamic_loss_scale(optax.chain(optax.clip_by_global_norm(1.0), lowmem.adam(1e-3))), "clip_norm="),
+  "one": (lambda: optax.chain(lowmem.adamw(1e-3)), "only member"),
+  "two scales": (
+    lambda: lowmem.static_loss_scale(lowmem.static_loss_scale(lowmem.adamw(1e-3), 2.0), 2.0),
+    "loss scale.*one",
+  ),
   "masked": (lambda: optax.masked(lowmem.adamw(1e-3), True), "masked"),
 }  # fmt: skip
 
