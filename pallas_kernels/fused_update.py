@@ -121,8 +121,6 @@ def fused_update_leaves(
   has_own_stream = any(x.statistics_stream is not None for x in leaves)
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
-  whole = functools.partial(_xla_leaves, rule, formats)
-  operands = leaves, when, index
   sizes: list[int] = []
   is_chunked = all(chunked.takes(shape, fmt) for shape in stacks)
   if is_chunked:
@@ -131,35 +129,33 @@ def fused_update_leaves(
   if is_kernel:
     sizes += launch_blocks.tile_rows(shapes)
   # A program for a device closes over no tracer, as the rule may.
-  closed, result = jax.make_jaxpr(whole, return_shape=True)(*operands)
-  on_gpu = jax.make_jaxpr(functools.partial(whole, contracts=True))(*operands)
+  structs = [jax.ShapeDtypeStruct(shape or (1,), jnp.float32) for shape in dict.fromkeys(shapes)]
+  hoisted = [hoist(rule, (x, x, [x] * len(statistic_formats))) for x in structs]
+  whole_scalars = hoisted[0][0]
+  by_shape = {x.shape: rest for x, (_, rest) in zip(structs, hoisted, strict=True)}
 
-  def evaluated(jaxpr, consts, operands):
-    flat = jax.core.eval_jaxpr(jaxpr, consts, *jax.tree.leaves(operands))
-    return jax.tree.unflatten(jax.tree.structure(result), flat)
-
-  def any_device(consts, scalars, *operands):
+  def by_xla(contracts, whole_scalars, scalars, leaves, when, index):
     del scalars
-    return evaluated(closed.jaxpr, consts[0], operands)
+    whole = lambda g, w, values: by_shape[g.shape](whole_scalars, g, w, values, contracts=True)
+    return _xla_leaves(whole, formats, leaves, when, index, contracts)
 
-  def gpu(consts, scalars, *operands):
-    del scalars
-    return evaluated(on_gpu.jaxpr, consts[1], operands)
-
-  def one_cpu(consts, scalars, *operands):
-    del consts
+  def one_cpu(whole_scalars, scalars, *operands):
+    del whole_scalars
     return _chunked(rules, formats, scalars, *operands)
 
-  def kernel(consts, scalars, *operands):
-    del consts
+  def kernel(whole_scalars, scalars, *operands):
+    del whole_scalars
     return _kernel(rules, formats, scalars, *operands)
 
-  programs = {"any": any_device, "gpu": gpu}
+  programs: dict[str, Any] = {
+    "any": functools.partial(by_xla, False),
+    "gpu": functools.partial(by_xla, True),
+  }
   if sizes and not has_own_stream and not _is_wide(rule, formats):
     scalars, rules = _hoisted(rule, formats, sizes)
     programs |= {"cpu": one_cpu} if is_chunked else {}
     programs |= {"mosaic_gpu": kernel} if is_kernel else {}
-  return by_device(programs, (closed.consts, on_gpu.consts), scalars, *operands)
+  return by_device(programs, whole_scalars, scalars, leaves, when, index)
 
 
 def is_small(shape: tuple[int, ...]) -> bool:

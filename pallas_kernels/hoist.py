@@ -59,8 +59,6 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     else:
       kept.append(eqn)
 
-  _check_elementwise(kept, {x.shape for x in flat})
-
   used: dict[Any, int] = {}  # scalars that the rest reads, and where they are passed
   inverted: dict[Any, int] = {}
   scalars: list[jax.Array] = []
@@ -86,6 +84,7 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
   for var in jaxpr.outvars:
     if _is_in(var, known):
       passed(used, var, known[var])
+  _check_elementwise(kept, {x.shape for x in flat})
   scalars = [rounded(x) if _is_float(x) else x for x in scalars]
   may_be_products = {*jaxpr.invars} | {
     var
