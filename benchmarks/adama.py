@@ -4,9 +4,9 @@
 
 The demo's GPT on Shakespeare's plays with `lowmem.adam`, the same weights and
 batches for every n. n = 1 is the whole batch, which true accumulation equals up
-to rounding; "/ sqrt(n)" has the learning rate divided by that. Besides, with
-"gradient's noise": the mean over the parameters of how much smaller Adam's second
-moment is than with the whole batch. Writes `benchmarks/results/adama.json`.
+to rounding; "/ sqrt(n)" has the learning rate divided by that. The last column
+is how much smaller the blocks' largest second moments are than with the whole
+batch. Writes `benchmarks/results/adama.json`.
 """
 
 import functools

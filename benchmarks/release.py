@@ -18,7 +18,6 @@ import argparse
 import functools
 import os
 import statistics
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ import numpy as np
 import optax
 
 from benchmarks import contenders, llama, shapes
-from benchmarks.step import ROOT, log, nbytes, report, seconds
+from benchmarks.step import gpu_compiler, log, nbytes, report, seconds
 import optax_lowmem as lowmem
 
 GIB = 2**30
@@ -63,13 +62,7 @@ def unreleased(loss_fn, contender):
 
 def h100_compile(parser) -> dict:
   """Peak memory, compiled for GPUs."""
-  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-  jax.config.update("jax_platforms", "cpu")
-  sys.path.insert(0, str(ROOT / "tests"))
-  import h100
-
-  if h100.sharding() is None:
-    parser.error("compiling for an H100 needs the h100 extra: pip install -e '.[h100]'")
+  h100 = gpu_compiler(parser)
   peer = contenders.flashoptim_jax()
   ours = contenders.ours("adamw, bf16+8, int8, gradients kept", ADAMW)
   fp16 = contenders.ours("dynamic_loss_scale(adamw), fp16+8", FP16, contenders.FP16)

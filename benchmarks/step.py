@@ -156,8 +156,8 @@ def count_launches(text: str) -> dict[str, int]:
   return counts
 
 
-def h100_compile(parser) -> dict:
-  """Memory and launches, compiled for an H100."""
+def gpu_compiler(parser):
+  """The module `tests/h100.py`; exits with an error where its compiler is not installed."""
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   jax.config.update("jax_platforms", "cpu")
   sys.path.insert(0, str(ROOT / "tests"))
@@ -165,6 +165,12 @@ def h100_compile(parser) -> dict:
 
   if h100.sharding() is None:
     parser.error("compiling for an H100 needs the h100 extra: pip install -e '.[h100]'")
+  return h100
+
+
+def h100_compile(parser) -> dict:
+  """Memory and launches, compiled for an H100."""
+  h100 = gpu_compiler(parser)
   (device,) = h100.sharding().device_set
   peer = contenders.flashoptim_jax()
 

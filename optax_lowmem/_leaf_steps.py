@@ -136,6 +136,7 @@ class LeafSteps:
   Attributes:
     held: the formats of the leaves with a weight format.
     stored: these leaves before the step, by name.
+    old_rest: the state that `step_rest` starts from.
   """
 
   def __init__(self, optimizer: Optimizer, state, params, like):
@@ -163,19 +164,19 @@ class LeafSteps:
     leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
     self._places: list[_Place] = places
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
-    self._old_rest = jax.tree.unflatten(self._treedef, kept)
+    self.old_rest = jax.tree.unflatten(self._treedef, kept)
     one = optimizer.make(None if optimizer.mask is None else True)
     fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
-    self._scalars = [x for path, x in _leaves(self._old_rest) if path in fixed]
-    counts = {len(self._scalars) + len(of) for of in self._of_leaves(places).values()}
-    if not counts <= {len(fixed)}:
-      raise ValueError(_OTHER_STATE)
+    self._scalars = [x for path, x in _leaves(self.old_rest) if path in fixed]
     self._step = state.step + 1
-    self._of = self._of_leaves(places)
+    self._of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
     statistics: dict[str, list[Any]] = {name: [] for name in self._of}
     for place, leaf in zip(places, leaves, strict=True):
       if place.parameter:
+        self._of[place.parameter].append(place)
         statistics[place.parameter].append(leaf)
+    if any(len(self._scalars) + len(of) != len(fixed) for of in self._of.values()):
+      raise ValueError(_OTHER_STATE)
     self.stored = {
       name: Stored(weights[name], residuals.get(name), tuple(values))
       for name, values in statistics.items()
@@ -188,13 +189,6 @@ class LeafSteps:
       return False
     delta, quantized, inner_state = _parts(state)
     return _places(quantized, inner_state, params, delta.formats) is not None
-
-  def _of_leaves(self, places) -> dict[str, list[_Place]]:
-    of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
-    for place in places:
-      if place.parameter:
-        of[place.parameter].append(place)
-    return of
 
   def step(
     self,
@@ -248,12 +242,7 @@ class LeafSteps:
   def step_rest(self, updates):
     """Optax's own step of counters and of leaves without a format: (updates, state)."""
     inner = self._optimizer.make(self._masks)
-    return portable_update(inner, self._rest(updates), self._old_rest, self._rest(self._params))
-
-  @property
-  def old_rest(self):
-    """The state that `step_rest` starts from."""
-    return self._old_rest
+    return portable_update(inner, self._rest(updates), self.old_rest, self._rest(self._params))
 
   def _rest(self, tree):
     return _tree.map_named(lambda name, x: optax.MaskedNode() if self.held.get(name) else x, tree)

@@ -9,6 +9,7 @@ global norm), the backward pass runs twice, the first time to measure.
 
 from collections.abc import Mapping
 
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 import jax
 import optax
 
@@ -125,15 +126,14 @@ def fused_backward(
         " fused_backward(loss_fn, tx)(params, opt_state, *batch)."
       )
     chain = _chain_of(state.tx, options)
-    if isinstance(state.params, Mapping) and _OVERWRITTEN in state.params:
-      raise ValueError(f"fused_backward does not take params with {_OVERWRITTEN!r} collections.")
+    if isinstance(state.params, Mapping) and OVERWRITE_WITH_GRADIENT in state.params:
+      raise ValueError(
+        f"fused_backward does not take params with {OVERWRITE_WITH_GRADIENT!r} collections."
+      )
     loss, params, opt_state = Step(options, chain, state.params, state.opt_state).run(batch)
     return loss, state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
   return step_state
-
-
-_OVERWRITTEN = "_overwrite_with_gradient"
 
 
 def _chain_of(tx, options: Options) -> Chain:

@@ -136,17 +136,15 @@ class Step:
 
   def run(self, batch):
     """The step: (loss, params, opt_state)."""
-    options, chain = self._options, self._chain
-    first = self._micro_batches(batch)[0]
+    first, micro_batch = self._micro_batches(batch)
     self._plan(first)
     scale = _loss_scale.loss_scale(self._opt_state)
-    inverse = None if chain.advance is None else 1.0 / scale
-    if options.accumulate > 1:
-      loss, taken, stored, gradients = self._accumulated(batch, scale, inverse)
-      factor = None
+    inverse = None if self._chain.advance is None else 1.0 / scale
+    if self._options.accumulate > 1:
+      result = self._accumulated(micro_batch, scale, inverse)
     else:
-      loss, taken, factor, backward, gradients = self._once(batch, scale, inverse)
-      stored = backward.stored
+      result = self._once(batch, scale, inverse)
+    loss, taken, factor, stored, gradients = result
     return loss, *self._finished(stored, gradients, taken, factor)
 
   # What is below is in the order in which it happens.
@@ -220,12 +218,10 @@ class Step:
     loss, vjp = jax.vjp(loss_fn, dummy, self._collected)
     return loss, vjp, layers
 
-  def _lows(self):
-    return {name: x.low for name, x in self._steps.stored.items()}
-
   def _measure(self, vjp, layers, seed, inverse):
     """A backward pass that measures: (are all gradients finite, their global norm)."""
-    layers.backward = _Measure(self._lows(), inverse, self._options.clip_norm is not None)
+    lows = {name: x.low for name, x in self._steps.stored.items()}
+    layers.backward = _Measure(lows, inverse, self._options.clip_norm is not None)
     _, gradients = vjp(seed)
     start = layers.backward.start(gradients)
     layers.backward.finish(gradients, layers.backward.consume(gradients, start, None))
@@ -240,9 +236,7 @@ class Step:
     seed = scale.astype(self._loss_dtype)
     measures = clip_norm is not None or inverse is not None
     taken, factor = None, inverse
-    backward: Any = _Measure(self._lows(), inverse, False)
-    if not measures:
-      backward = self._apply(None, None)
+    backward = self._apply(None, None)
     loss, vjp, layers = self._vjp(batch, backward)
     if measures:
       finite, norm = self._measure(vjp, layers, seed, inverse)
@@ -257,17 +251,16 @@ class Step:
       backward = layers.backward = self._apply(taken, factor)
     _, gradients = vjp(seed)
     backward.step_left(self._released)
-    return loss, taken, factor, backward, gradients
+    return loss, taken, factor, backward.stored, gradients
 
-  def _accumulated(self, batch, scale, inverse):
+  def _accumulated(self, micro_batch, scale, inverse):
     """Forward and backward of one micro-batch after the other."""
-    n, micro_batch = self._options.accumulate, self._micro_batches(batch)[1]
+    n = self._options.accumulate
     seed, taken = scale.astype(self._loss_dtype), None
     if inverse is not None:
 
       def measure(finite, i):
-        backward = _Measure(self._lows(), inverse, False)
-        _, vjp, layers = self._vjp(micro_batch(i), backward)
+        _, vjp, layers = self._vjp(micro_batch(i), self._apply(None, None))
         return finite & self._measure(vjp, layers, seed, inverse)[0], None
 
       taken, _ = jax.lax.scan(measure, jnp.array(True), jnp.arange(n))
@@ -297,7 +290,7 @@ class Step:
     losses = jax.tree.map(lambda x, y: jnp.concatenate([x, jnp.asarray(y)[None]]), losses, last)
     mean = lambda x: jnp.mean(x, axis=0)
     loss = (mean(losses[0]), losses[1]) if self._options.has_aux else mean(losses)
-    return loss, taken, backward.stored, sums
+    return loss, taken, None, backward.stored, sums
 
   def _apply(self, taken, factor, stored=None, micro_batch=None) -> _Apply:
     how = taken, factor, self._chain.optimizer.implementation

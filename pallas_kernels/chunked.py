@@ -88,7 +88,6 @@ def _chunk(rule, formats, gradient, low, delta, statistics, place, stream, when)
     new_statistics.append(Blocks(state_formats.encode(x, scale, f, draw), scale))
   word = old_word = _word(low, wide)
   if update is not None:
-    update = arithmetic.rounded(update)
     word = _word(*arithmetic.apply_values(low, wide, update, fmt, bits(0)))
   if when is not None:
     word, new_statistics = jax.tree.map(

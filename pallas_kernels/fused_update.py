@@ -112,50 +112,27 @@ def fused_update_leaves(
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
   shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
   takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes + stacks))
-  scalars: Any = ()
+  tiles = [(n, BLOCK) for n in launch_blocks.tile_rows(shapes)] if takes_kernel else []
   if implementation == "mosaic_gpu" and takes_kernel:
-    scalars, rules = _hoisted(rule, formats, launch_blocks.tile_rows(shapes))
+    scalars, rules = _hoisted(rule, formats, tiles)
     return _kernel(rules, formats, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
-  has_own_stream = any(x.statistics_stream is not None for x in leaves)
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
-  sizes: list[int] = []
-  is_chunked = all(chunked.takes(shape, fmt) for shape in stacks)
-  if is_chunked:
-    sizes += [n for shape in shapes for n in chunked.sizes(shape)]
-  is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
-  if is_kernel:
-    sizes += launch_blocks.tile_rows(shapes)
+  is_whole = any(x.statistics_stream is not None for x in leaves) or _is_wide(rule, formats)
+  is_chunked = not is_whole and all(chunked.takes(shape, fmt) for shape in stacks)
+  chunks = [(n, BLOCK) for shape in shapes for n in chunked.sizes(shape)] if is_chunked else []
+  is_kernel = not is_whole and implementation is None and takes_kernel and is_narrow and has_scales
   # A program for a device closes over no tracer, as the rule may.
-  structs = [jax.ShapeDtypeStruct(shape or (1,), jnp.float32) for shape in dict.fromkeys(shapes)]
-  hoisted = [hoist(rule, (x, x, [x] * len(statistic_formats))) for x in structs]
-  whole_scalars = hoisted[0][0]
-  by_shape = {x.shape: rest for x, (_, rest) in zip(structs, hoisted, strict=True)}
-
-  def by_xla(contracts, whole_scalars, scalars, leaves, when, index):
-    del scalars
-    whole = lambda g, w, values: by_shape[g.shape](whole_scalars, g, w, values, contracts=True)
-    return _xla_leaves(whole, formats, leaves, when, index, contracts)
-
-  def one_cpu(whole_scalars, scalars, *operands):
-    del whole_scalars
-    return _chunked(rules, formats, scalars, *operands)
-
-  def kernel(whole_scalars, scalars, *operands):
-    del whole_scalars
-    return _kernel(rules, formats, scalars, *operands)
-
+  scalars, rules = _hoisted(rule, formats, shapes + chunks + (tiles if is_kernel else []))
   programs: dict[str, Any] = {
-    "any": functools.partial(by_xla, False),
-    "gpu": functools.partial(by_xla, True),
+    "any": functools.partial(_xla_leaves, rules, formats),
+    "gpu": functools.partial(_xla_leaves, rules, formats, contracts=True),
   }
-  if sizes and not has_own_stream and not _is_wide(rule, formats):
-    scalars, rules = _hoisted(rule, formats, sizes)
-    programs |= {"cpu": one_cpu} if is_chunked else {}
-    programs |= {"mosaic_gpu": kernel} if is_kernel else {}
-  return by_device(programs, whole_scalars, scalars, leaves, when, index)
+  programs |= {"cpu": functools.partial(_chunked, rules, formats)} if is_chunked else {}
+  programs |= {"mosaic_gpu": functools.partial(_kernel, rules, formats)} if is_kernel else {}
+  return by_device(programs, scalars, leaves, when, index)
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -216,29 +193,31 @@ def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
   return ""
 
 
-def _xla_leaves(rule, formats, leaves, when, index, contracts: bool = False):
+def _xla_leaves(
+  rules, formats, scalars, leaves: Sequence[Leaf], when, index, contracts: bool = False
+):
   """The step as an XLA program; leaves of one shape are traced once.
 
   XLA:GPU may contract: kept from it, it keeps more in memory between its passes
   (8 bytes a value of a leaf with clipping in front).
   """
-  xla = _xla if index is None else _xla_in_stack
-  xla = jax.jit(functools.partial(xla, rule, formats, contracts=contracts))
+  rule = _bound(rules, scalars, contracts)
+  xla = jax.jit(functools.partial(_xla if index is None else _xla_in_stack, rule, formats))
   return [xla(leaf, when, index) for leaf in leaves]
 
 
-def _xla_in_stack(rule, formats, leaf: Leaf, when, index, contracts: bool = False):
+def _xla_in_stack(rule, formats, leaf: Leaf, when, index):
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   part = Part(index, leaf.low.shape[0])
   low, delta, statistics = stored
   one = leaf._replace(low=low, delta=delta, statistics=statistics)
-  new = _xla(rule, formats, one, when, part, contracts)
+  new = _xla(rule, formats, one, when, part)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
 
-def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None, contracts: bool = False):
+def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
   bits, own_bits = (
@@ -248,11 +227,10 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None, contracts: b
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
-  hoisted = _whole(rule, low.shape, len(statistics), contracts)
 
   def run(stored):
     values = map(state_formats.dequantize, stored, statistic_formats)
-    return hoisted(gradient, master, list(values))
+    return rule(gradient, master, list(values))
 
   update, values = run(statistics)
   scales = [
@@ -273,7 +251,6 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None, contracts: b
   ]
   new = low, delta, new_statistics
   if update is not None:
-    update = update if contracts else arithmetic.rounded(update)
     if fmt.is_full_precision:
       new_low, new_wide = low + update, None
     else:
@@ -282,18 +259,6 @@ def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None, contracts: b
   if when is None:
     return new
   return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
-
-
-def _whole(rule: Rule, shape: tuple[int, ...], count: int, contracts: bool) -> Rule:
-  """The rule on arrays of a shape; the same bits in whatever program, unless it contracts."""
-  struct = jax.ShapeDtypeStruct(shape or (1,), jnp.float32)
-  scalars, rest = hoist(rule, (struct, struct, [struct] * count))
-
-  def call(*args):
-    args = jax.tree.map(lambda x: x.reshape(struct.shape), args)
-    return jax.tree.map(lambda x: x.reshape(shape), rest(scalars, *args, contracts=contracts))
-
-  return call
 
 
 def _is_wide(rule, formats) -> bool:
@@ -305,17 +270,30 @@ def _is_wide(rule, formats) -> bool:
   return f"f64[{BLOCK},{BLOCK}]" in str(jaxpr)
 
 
-def _hoisted(rule, formats, sizes: Sequence[int]):
-  """The rule's scalars, and the rule without them, by the number of blocks that it is called on."""
-  sizes = sorted(set(sizes))
-  structs = [jax.ShapeDtypeStruct((n, BLOCK), jnp.float32) for n in sizes]
+def _hoisted(rule, formats, shapes: Sequence[tuple[int, ...]]):
+  """The rule's scalars, and the rule without them, by the shape that it is called on."""
+  shapes = list(dict.fromkeys(shape or (1,) for shape in shapes))
+  structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   scalars, rules = zip(*(hoist(rule, (x, x, [x] * len(formats[1]))) for x in structs), strict=True)
-  return scalars[0], dict(zip(sizes, rules, strict=True))
+  return scalars[0], dict(zip(shapes, rules, strict=True))
 
 
 def _bound(rules, scalars, contracts: bool = False) -> Rule:
-  """The rule again, on arrays of some of the sizes."""
-  return lambda g, w, values: rules[len(g)](scalars, g, w, values, contracts=contracts)
+  """The rule again, on arrays of some shapes.
+
+  Its bits, and those of the weight that the update is added to, are the same in
+  whatever program, unless it contracts.
+  """
+
+  def rule(gradient, *others):
+    shape = gradient.shape
+    args = jax.tree.map(lambda x: x.reshape(shape or (1,)), (gradient, *others))
+    update, values = rules[shape or (1,)](scalars, *args, contracts=contracts)
+    if update is not None and not contracts:
+      update = arithmetic.rounded(update)
+    return jax.tree.map(lambda x: x.reshape(shape), (update, values))
+
+  return rule
 
 
 def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when, index):

@@ -108,9 +108,9 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
 
 def _check_elementwise(eqns, shapes):
   """Raises for what mixes elements; of arrays of several shapes only by its name."""
+  one_shape = len(shapes) == 1 and () not in shapes
   for eqn in eqns:
     name, outs = eqn.primitive.name, [getattr(x.aval, "shape", ()) for x in eqn.outvars]
-    one_shape = len(shapes) == 1 and () not in shapes
     if name.startswith(("reduce", "arg")) and name != "reduce_precision":
       mixes = any(x.aval.shape for x in eqn.invars)
     else:

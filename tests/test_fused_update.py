@@ -15,7 +15,14 @@ import optax_lowmem as lowmem
 import pallas_kernels
 from pallas_kernels import chunked, launch_blocks, state_formats
 from pallas_kernels.by_device import by_device
-from pallas_kernels.fused_update import Leaf, _xla, _xla_in_stack, fused_update_leaves
+from pallas_kernels.fused_update import (
+  Leaf,
+  _bound,
+  _hoisted,
+  _xla,
+  _xla_in_stack,
+  fused_update_leaves,
+)
 from pallas_kernels.hoist import hoist
 from pallas_kernels.random_bits import key_words, random_bits, stream_keys
 from pallas_kernels.state_formats import Blocks, StateFormat
@@ -66,7 +73,13 @@ def step(
 def plain(leaf: Leaf, fmt="bf16+8", statistic_formats=INT8, when=None):
   """The program of a sharded array or an old GPU."""
   formats = lowmem.DeltaFormat.parse(fmt), statistic_formats
-  return jax.jit(functools.partial(_xla, adam, formats))(leaf, when)
+  return jax.jit(functools.partial(_xla, bound(adam, formats, leaf), formats))(leaf, when)
+
+
+def bound(rule, formats, leaf: Leaf):
+  """The rule as plain XLA calls it."""
+  scalars, rules = _hoisted(rule, formats, [leaf.gradient.shape])
+  return _bound(rules, scalars)
 
 
 def assert_close(found, wanted, leaf, fmt="bf16+8"):
@@ -189,8 +202,9 @@ def test_stacks(shape, fmt, implementation, monkeypatch):
   leaf = make_leaf(shape, fmt)
   if implementation == "plain":
     wanted = plain(leaf, fmt)
+    formats = lowmem.DeltaFormat.parse(fmt), INT8
     call = jax.jit(
-      lambda leaf, i: _xla_in_stack(adam, (lowmem.DeltaFormat.parse(fmt), INT8), leaf, None, i)
+      lambda leaf, i: _xla_in_stack(bound(adam, formats, leaf), formats, leaf, None, i)
     )
   else:
     (wanted,) = step([leaf], implementation, fmt)
@@ -230,8 +244,9 @@ def test_a_rule_without_an_update(implementation):
   """The statistics move as they would; the weight stays."""
   leaf = make_leaf((64, 32))
   rule = lambda *args: (None, adam(*args)[1])
+  formats = lowmem.DeltaFormat.parse("bf16+8"), INT8
   run = lambda rule: (
-    jax.jit(functools.partial(_xla, rule, (lowmem.DeltaFormat.parse("bf16+8"), INT8)))(leaf, None)
+    jax.jit(functools.partial(_xla, bound(rule, formats, leaf), formats))(leaf, None)
     if implementation == "plain" else step([leaf], implementation, rule=rule)[0]
   )  # fmt: skip
   assert_trees_equal(run(rule), (*leaf[1:3], run(adam)[2]))
