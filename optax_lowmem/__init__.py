@@ -3,6 +3,7 @@
 `import optax_lowmem as lowmem`; see the README.
 """
 
+from optax_lowmem import nnx as nnx
 from optax_lowmem._api import init as init
 from optax_lowmem._api import load_master as load_master
 from optax_lowmem._api import master_params as master_params

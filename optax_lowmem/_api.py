@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree
+from optax_lowmem import _loss_scale, _session, _tree
 from optax_lowmem._delta_bits import DeltaBitsState, _check_residuals, _streams
 from pallas_kernels.merge import merge
 from pallas_kernels.split import split_stream
@@ -30,12 +30,23 @@ def init(tx: optax.GradientTransformation, params):
     >>> tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
     >>> params, opt_state = lowmem.init(tx, params)
   """
-  params, opt_state, _ = init_and_find(tx, params)
+  params, opt_state, _ = _init_and_find(tx, params)
   return params, opt_state
 
 
-def init_and_find(tx, params):
-  """`init`, and whether a transformation of ours was found in tx."""
+def init_ours(tx, params):
+  """`init`, where tx has to hold something of ours and one loss scale at most."""
+  params, opt_state, found_ours = _init_and_find(tx, params)
+  if not found_ours:
+    raise ValueError(
+      "tx holds nothing of optax_lowmem, so that the parameters would stay float32; wrap it:"
+      ' lowmem.delta_bits(tx, "bf16+8").'
+    )
+  _loss_scale.loss_scale(opt_state)  # raises if there are two
+  return params, opt_state
+
+
+def _init_and_find(tx, params):
   with _session.open_session(_session.InitSession) as session:
     opt_state = tx.init(params)
   params = _tree.map_named(session.weights.get, params)

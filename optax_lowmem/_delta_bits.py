@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree
+from optax_lowmem import _session, _tree, _variables
 from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
 from pallas_kernels import DeltaFormat, arithmetic, checks, packing
@@ -220,7 +220,7 @@ def delta_bits(
 
   if elementwise:
     update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _variables.transformation(init_fn, update_fn)
 
 
 # Under jit, so that leaves of one shape and format are traced once.

@@ -8,7 +8,7 @@ does not: `tx.update`, and statistics that Optax stores in its own way
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree
+from optax_lowmem import _session, _tree, _variables
 from optax_lowmem._delta_bits import Weights, delta_bits
 from optax_lowmem._leaf_steps import Gradient, LeafSteps, Optimizer
 from optax_lowmem._quantize_state import quantize
@@ -70,4 +70,4 @@ def fused(
     return new_updates, steps.state(stored, rest)
 
   update_fn.optimizer = optimizer  # type: ignore[attr-defined] # what gradient release asks for
-  return optax.GradientTransformationExtraArgs(composed.init, update_fn)
+  return _variables.transformation(composed.init, update_fn)

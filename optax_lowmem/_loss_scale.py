@@ -2,10 +2,12 @@
 
 import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowmem import _session, _tree
@@ -127,6 +129,17 @@ def static_loss_scale(
   )
 
 
+def with_loss_scale(tx, loss_scale: Literal["dynamic"] | float | None):
+  """The transformation under the loss scale that a train state was asked for."""
+  if loss_scale is None:
+    return tx
+  if isinstance(loss_scale, str):
+    if loss_scale != "dynamic":
+      raise ValueError(f'loss_scale is None, "dynamic" or a number; got {loss_scale!r}.')
+    return dynamic_loss_scale(tx)
+  return static_loss_scale(tx, loss_scale)
+
+
 def loss_scale(opt_state) -> jax.Array:
   """The loss scale that an optimizer state holds.
 
@@ -143,7 +156,7 @@ def loss_scale(opt_state) -> jax.Array:
     >>> lowmem.loss_scale(opt_state)
     Array(32768., dtype=float32)
   """
-  scales = [state.scale for state in _tree.find_states(opt_state, LossScaleState)]
+  scales = [nnx.as_pure(s.scale) for s in _tree.find_states(opt_state, LossScaleState)]
   if len(scales) > 1:
     raise ValueError(f"opt_state holds {len(scales)} loss scales; the loss can be scaled by one.")
   return scales[0] if scales else jnp.ones([], jnp.float32)
@@ -171,6 +184,8 @@ def scale_loss(loss: jax.typing.ArrayLike, opt_state) -> jax.Array:
 def _check_scale(name: str, scale):
   if isinstance(scale, jax.core.Tracer):
     return
+  if isinstance(scale, bool) or not isinstance(scale, float | int | np.number | jax.Array):
+    raise TypeError(f"{name} is a number; got {scale!r}.")
   if not (scale > 0 and math.isfinite(scale)):
     raise ValueError(f"{name} is positive and finite; got {scale}.")
 
@@ -214,7 +229,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
       new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
     weights = {} if params is None else _tree.named_leaves(params)
     inner_state = jax.tree.map(
-      lambda new, old: new if is_settled(new) else jnp.where(finite, new, old),
+      lambda new, old: new if is_settled(new) else _new_if(finite, new, old),
       inner_state,
       state.inner_state,
     )
@@ -247,6 +262,17 @@ def _all_finite(grads) -> jax.Array:
   if not leaves:
     return jnp.array(True)
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
+
+
+def _new_if(finite, new, old):
+  """The new statistic or the old one, in old's dtype.
+
+  Unscaled gradients are float32, so that the bfloat16 statistics that a bare
+  Optax optimizer makes of bfloat16 parameters would be float32 after a step.
+  """
+  kept = jnp.where(finite, new, old)
+  dtype = getattr(old, "dtype", kept.dtype)
+  return kept if kept.dtype == dtype else kept.astype(dtype)
 
 
 def _keep_if(finite, update):

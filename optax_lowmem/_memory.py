@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
@@ -61,6 +62,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   Examples:
     >>> print(lowmem.memory_table(params, opt_state))
   """
+  params, opt_state = nnx.as_pure(params), nnx.as_pure(opt_state)
   parts = {"weights": _nbytes(params), "residuals": 0, "moments": 0, "rest": 0}
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   suffixes = {tuple(map(str, path)) for path in paths}

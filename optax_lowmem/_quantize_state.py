@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree
+from optax_lowmem import _session, _tree, _variables
 from optax_lowmem._delta_bits import Formats, _streams, _was_taken
 from optax_lowmem._portable import portable_update
 from pallas_kernels import state_formats
@@ -219,7 +219,7 @@ def quantize(
 
   if elementwise:
     update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return _variables.transformation(init_fn, update_fn)
 
 
 def _widen(x):

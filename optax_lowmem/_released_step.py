@@ -7,12 +7,13 @@ leaves.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowmem import _layers, _loss_scale, _tree
+from optax_lowmem import _layers, _loss_scale, _tree, _variables
 from optax_lowmem._delta_bits import DeltaBitsState
 from optax_lowmem._leaf_steps import Gradient, LeafSteps, Optimizer, Stored
 from optax_lowmem._quantize_state import QuantizedState
@@ -120,8 +121,11 @@ class Step:
   """One training step."""
 
   def __init__(self, options: Options, chain: Chain, params, opt_state):
-    self._options, self._chain, self._params = options, chain, params
-    self._opt_state = opt_state
+    self._options, self._chain = options, chain
+    self._groups = _layers.groups(params)  # layers get their parameters as they are given
+    self._given = params, opt_state
+    params, opt_state = nnx.as_pure((params, opt_state))
+    self._params, self._opt_state = params, opt_state
     is_scaled = isinstance(opt_state, _loss_scale.LossScaleState)
     inner = opt_state.inner_state if is_scaled else opt_state
     kinds = (DeltaBitsState, QuantizedState)
@@ -131,7 +135,6 @@ class Step:
         " takes (params, opt_state, *batch), one without a lowmem.TrainState."
       )
     self._steps = LeafSteps(chain.optimizer, inner, params, params)
-    self._groups = _layers.groups(params)
     self._by_name = _tree.named_leaves(params)
 
   def run(self, batch):
@@ -145,7 +148,8 @@ class Step:
     else:
       result = self._once(batch, scale, inverse)
     loss, taken, factor, stored, gradients = result
-    return loss, *self._finished(stored, gradients, taken, factor)
+    finished = self._finished(stored, gradients, taken, factor)
+    return loss, *map(_variables.like, self._given, finished)
 
   # What is below is in the order in which it happens.
 

@@ -54,24 +54,14 @@ class TrainState(train_state.TrainState):
       The state at step 0.
 
     Raises:
-      ValueError: if tx has nothing of optax_lowmem in it, or if it has a loss
-        scale already and loss_scale is given, too.
+      ValueError: if tx has nothing of optax_lowmem in it, if loss_scale is not
+        positive and finite, or if tx has a loss scale already.
+      TypeError: if loss_scale is no number.
     """
-    if loss_scale == "dynamic":
-      tx = _loss_scale.dynamic_loss_scale(tx)
-    elif isinstance(loss_scale, str):
-      raise ValueError(f'loss_scale is None, "dynamic" or a number; got {loss_scale!r}.')
-    elif loss_scale is not None:
-      tx = _loss_scale.static_loss_scale(tx, loss_scale)
+    tx = _loss_scale.with_loss_scale(tx, loss_scale)
     has_overwritten = not isinstance(params, jax.Array) and OVERWRITE_WITH_GRADIENT in params
     optimized = params["params"] if has_overwritten else params
-    optimized, opt_state, found_ours = _api.init_and_find(tx, optimized)
-    if not found_ours:
-      raise ValueError(
-        "tx holds nothing of optax_lowmem, so that the parameters would stay float32; wrap it:"
-        ' lowmem.delta_bits(tx, "bf16+8").'
-      )
-    _loss_scale.loss_scale(opt_state)  # raises if there are two
+    optimized, opt_state = _api.init_ours(tx, optimized)
     params = {**params, "params": optimized} if has_overwritten else optimized
     return cls(step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, **kwargs)
 

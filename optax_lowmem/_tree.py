@@ -10,7 +10,12 @@ HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def name_of(path) -> str:
-  """A leaf's name in errors and in format tables, such as "['dense']['kernel']"."""
+  """A leaf's name in errors and in format tables, such as "['dense']['kernel']".
+
+  The same with and without NNX variables.
+  """
+  if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+    path = path[:-1]
   return jax.tree_util.keystr(path) or "params"
 
 
