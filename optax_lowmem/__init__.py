@@ -10,6 +10,9 @@ from optax_lowmem._api import master_params as master_params
 from optax_lowmem._api import step as step
 from optax_lowmem._delta_bits import DeltaBitsState as DeltaBitsState
 from optax_lowmem._delta_bits import delta_bits as delta_bits
+from optax_lowmem._ema import EmaState as EmaState
+from optax_lowmem._ema import ema as ema
+from optax_lowmem._ema import ema_params as ema_params
 from optax_lowmem._loss_scale import LossScaleState as LossScaleState
 from optax_lowmem._loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from optax_lowmem._loss_scale import loss_scale as loss_scale
@@ -25,6 +28,8 @@ from optax_lowmem._quantize_state import QuantizedState as QuantizedState
 from optax_lowmem._quantize_state import quantize_state as quantize_state
 from optax_lowmem._quantize_state import scale_by_adam as scale_by_adam
 from optax_lowmem._release import fused_backward as fused_backward
+from optax_lowmem._safetensors import export_safetensors as export_safetensors
+from optax_lowmem._safetensors import import_safetensors as import_safetensors
 from optax_lowmem._train_state import TrainState as TrainState
 from pallas_kernels import DeltaFormat as DeltaFormat
 from pallas_kernels import merge as merge

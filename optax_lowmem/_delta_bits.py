@@ -1,19 +1,18 @@
 """delta_bits: half-precision weights whose float32 master is kept in residual bits."""
 
 from collections.abc import Callable, Iterable
-import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_lowmem import _session, _tree, _variables
+from optax_lowmem._formats import Formats
 from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
-from pallas_kernels import DeltaFormat, arithmetic, checks, packing
+from pallas_kernels import DeltaFormat, arithmetic, checks, packing, sharded
 from pallas_kernels.apply_update import apply_update_stream
 from pallas_kernels.merge import merge
 from pallas_kernels.random_bits import key_words, leaf_id, stream_keys
@@ -22,58 +21,24 @@ from pallas_kernels.split import split_stream
 Weights = Any  # a format, a pytree prefix of formats, or a callable (path, leaf) -> format
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Formats:
-  """The formats of the leaves that a state holds: static, part of the tree's structure.
-
-  An empty table equals every other: `optax.tree.map_params` compares a state
-  with the one that `init` makes of a placeholder without leaves.
-  """
-
-  table: tuple[tuple[str, Any], ...] = ()
-
-  def __eq__(self, other):
-    if not isinstance(other, Formats):
-      return NotImplemented
-    return not self.table or not other.table or self.table == other.table
-
-  def __hash__(self):
-    return hash(Formats)
-
-  def get(self, name: str) -> Any | None:
-    """The format of a leaf, or None where it is left alone."""
-    return self.by_name.get(name)
-
-  @functools.cached_property
-  def by_name(self) -> dict[str, Any]:
-    """The table as a dictionary."""
-    return dict(self.table)
-
-
-# Nothing to save: a state is restored into one of the same transformation.
-flax.serialization.register_serialization_state(
-  Formats, lambda formats: {}, lambda formats, state: formats
-)
-
-
 class DeltaBitsState(NamedTuple):
   """State of `delta_bits`.
 
   Attributes:
+    formats: the formats by leaf name, static but for a uint32 scalar whose name
+      in the tree spells them, so that a restore into others is refused.
     step: int32 scalar, the updates so far; it numbers the random bits.
     key: uint32 [2], raw key data.
     residuals: the parameters' tree, each leaf packed as
       `pallas_kernels.packing` describes, or None where there is none.
     inner_state: the wrapped transformation's, over float32 master weights.
-    formats: static, the formats by leaf name.
   """
 
+  formats: Formats  # first, so that what compares trees leaf by leaf names it first
   step: jax.Array
   key: jax.Array
   residuals: Any
   inner_state: Any
-  formats: Formats
 
 
 def delta_bits(
@@ -153,19 +118,19 @@ def delta_bits(
         session.convert(name, low)
         masters[name] = merge(low, residuals[name], fmt)
       else:
-        struct = packing.stored_struct(leaf.shape, fmt)
-        residuals[name] = None if struct is None else _zeros(leaf, struct)
+        residuals[name] = _zeros(leaf, fmt)
         masters[name] = arithmetic.widen(leaf)
     if session is not None:
       session.found_ours = True
     with _session.holding(frozenset(formats.by_name)):
       inner_state = inner.init(_tree.map_named(masters.get, params))
+      inner_state = _tree.sharded_like(inner_state, params)
     return DeltaBitsState(
+      formats=formats.marked(params),
       step=jnp.zeros([], jnp.int32),
       key=words,
       residuals=_tree.map_named(lambda name, _: residuals.get(name), params),
       inner_state=inner_state,
-      formats=formats,
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -210,11 +175,11 @@ def delta_bits(
 
     new_updates = _tree.map_named(land, inner_updates)
     new_state = DeltaBitsState(
+      formats=formats,
       step=next_step,
       key=state.key,
       residuals=_tree.map_named(lambda name, _: new_residuals.get(name), params),
       inner_state=inner_state,
-      formats=formats,
     )
     return new_updates, new_state
 
@@ -230,9 +195,13 @@ _apply = jax.jit(apply_update_stream, static_argnums=3)
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _land(low, new_low, residual, fmt: DeltaFormat, dtype):
   """The update that takes low to new_low, and the residual of where it lands."""
-  delta = packing.unpack(residual, low.shape, fmt)
-  update, delta = arithmetic.land_values(low, new_low, delta, fmt, dtype)
-  return update, packing.pack(delta, fmt)
+
+  def land(low, new_low, residual):
+    delta = packing.unpack(residual, low.shape, fmt)
+    update, delta = arithmetic.land_values(low, new_low, delta, fmt, dtype)
+    return update, packing.pack(delta, fmt)
+
+  return sharded.automatic(land, low, low, new_low, residual)
 
 
 def _check_update_dtype(update_dtype):
@@ -297,10 +266,13 @@ def _streams(
   return {name: keys[i] for i, name in enumerate(names)}
 
 
-def _zeros(leaf, struct: jax.ShapeDtypeStruct) -> jax.Array:
-  if struct.shape == leaf.shape:
-    return jnp.zeros_like(leaf, dtype=struct.dtype)  # keeps the leaf's sharding
-  return jnp.zeros(struct.shape, struct.dtype)
+def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:
+  """The residual of a half-precision leaf, sharded like it."""
+
+  def zeros(leaf):
+    return packing.pack(sharded.like(jnp.zeros(leaf.shape, jnp.int32), leaf), fmt)
+
+  return sharded.automatic(zeros, leaf, leaf)
 
 
 def _check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, jax.Array]:

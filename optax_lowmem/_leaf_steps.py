@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem import _tree
-from optax_lowmem._delta_bits import DeltaBitsState, Formats, _check_residuals, _streams
+from optax_lowmem._delta_bits import DeltaBitsState, _check_residuals, _streams
+from optax_lowmem._formats import Formats
 from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
 from optax_lowmem._quantize_state import QuantizedState

@@ -74,7 +74,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
     for path, leaf in flat:
       if isinstance(leaf, DeltaBitsState):
         parts["residuals"] += _nbytes(leaf.residuals)
-        parts["rest"] += _nbytes((leaf.step, leaf.key))
+        parts["rest"] += _nbytes((leaf.formats, leaf.step, leaf.key))
         count(leaf.inner_state)
       else:
         steps = tuple(map(str, path))

@@ -9,30 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem import _session, _tree, _variables
-from optax_lowmem._delta_bits import Formats, _streams, _was_taken
+from optax_lowmem._delta_bits import _streams, _was_taken
+from optax_lowmem._formats import Formats, Statistic
 from optax_lowmem._portable import portable_update
-from pallas_kernels import state_formats
+from pallas_kernels import sharded, state_formats
 from pallas_kernels.random_bits import key_words, random_bits, statistic_bits
 from pallas_kernels.state_formats import StateFormat
 
 # Fields of Optax's states that average squares: not negative, stored as second moments.
 SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
 DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
-
-
-class Statistic(NamedTuple):
-  """What is known of a statistic that is stored.
-
-  Attributes:
-    format: how.
-    parameter: the name of the parameter that it belongs to.
-    number: which of that parameter's statistics it is; says where its random
-      bits come from.
-  """
-
-  format: StateFormat
-  parameter: str
-  number: int
 
 
 class _Default(str):
@@ -46,17 +32,18 @@ class QuantizedState(NamedTuple):
   """State of `quantize_state`.
 
   Attributes:
+    formats: a `Statistic` by leaf name, static but for the scalar that spells
+      them; see `DeltaBitsState`.
     step: int32 scalar, the updates so far; it numbers the random bits.
     key: uint32 [2], raw key data.
     inner_state: the wrapped transformation's, its statistics as
       `pallas_kernels.state_formats` stores them.
-    formats: static, a `Statistic` by leaf name.
   """
 
+  formats: Formats
   step: jax.Array
   key: jax.Array
   inner_state: Any
-  formats: Formats
 
 
 def quantize_state(
@@ -187,18 +174,19 @@ def quantize(
       StateFormat(name)
 
   def init_fn(params):
-    inner_state = inner.init(jax.tree.map(_widen, params))
+    inner_state = _tree.sharded_like(inner.init(jax.tree.map(_widen, params)), params)
     table = _find_statistics(inner_state, params, by_field, default, required, only_held)
     # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
-    inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
+    if table.table:
+      inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
     words = jnp.array(key_words(key), copy=True)
     if (session := _session.current(_session.InitSession)) is not None:
       session.found_ours = True
     return QuantizedState(
+      formats=table.marked(params),
       step=jnp.zeros([], jnp.int32),
       key=words,
       inner_state=_store(inner_state, table, words, 0, _block_scales(inner_state, table)),
-      formats=table,
     )
 
   def update_fn(updates, state, params=None, **extra_args):
@@ -215,7 +203,7 @@ def quantize(
       updates, after = inner_update(_read_again(state.inner_state, scales))
     step = state.step + _was_taken(state.inner_state, after)
     stored = _store(after, table, state.key, step, scales)
-    return updates, QuantizedState(step, state.key, stored, table)
+    return updates, QuantizedState(table, step, state.key, stored)
 
   if elementwise:
     update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
@@ -232,6 +220,7 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
   held = _session.held_names() if only_held else None
   table: list[tuple[str, Statistic]] = []
   fields, counts = set(), dict.fromkeys(weights, 0)
+  signed = _signed_squares(inner_state)
   for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
     start = _tree.owner(path, weights)
     if start is None or not isinstance(path[start - 1], jax.tree_util.GetAttrKey):
@@ -245,7 +234,7 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
     counts[path[start:]] += 1
     name = by_field.get(field, default)
     if name not in (None, "fp32") and (held is None or parameter in held):
-      fmt = StateFormat(name, is_square=field in SQUARES)
+      fmt = StateFormat(name, is_square=field in SQUARES and path[: start - 1] not in signed)
       table.append((_tree.name_of(path), Statistic(fmt, parameter, number)))
   missing = set(required) - fields
   if missing and weights:
@@ -254,6 +243,13 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
       f" statistics in float32 are {sorted(fields)}."
     )
   return Formats(tuple(table))
+
+
+def _signed_squares(inner_state) -> set[tuple]:
+  """Where a state stands whose `nu` is a momentum, with signs: SM3's."""
+  is_sm3 = lambda x: isinstance(x, optax.ScaleBySM3State)
+  nodes = jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=is_sm3)
+  return {path for path, node in nodes if is_sm3(node)}
 
 
 def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
@@ -282,7 +278,7 @@ def _load(inner_state, table: Formats):
 
   def load(name, x):
     known = table.get(name)
-    return x if known is None else state_formats.dequantize(x, known.format)
+    return x if known is None else _dequantize(x, known.format)
 
   return _map_stored(load, inner_state)
 
@@ -291,7 +287,9 @@ def _read_again(inner_state, scales):
   """The stored state, for a second pass."""
 
   def again(name, x):
-    return state_formats.read_again(x, scales[name]) if name in scales else x
+    if name not in scales:
+      return x
+    return sharded.automatic(state_formats.read_again, x.codes, x, scales[name])
 
   return _map_stored(again, inner_state)
 
@@ -307,8 +305,18 @@ def _map_stored(f, inner_state):
 # Under jit, so that leaves of one shape and format are traced once.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(x, fmt: StateFormat, index: int, stream, scale):
-  bits = lambda lane: random_bits(stream, x.shape, lane)
-  return state_formats.quantize(x, fmt, statistic_bits(bits, index), scale)
+  def quantize(x, stream, scale):
+    bits = lambda lane: random_bits(stream, x.shape, lane)
+    return state_formats.quantize(x, fmt, statistic_bits(bits, index), scale)
+
+  return sharded.automatic(quantize, x, x, stream, scale)
 
 
-_block_scale = jax.jit(state_formats.block_scale, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def _block_scale(x, fmt: StateFormat):
+  return sharded.automatic(functools.partial(state_formats.block_scale, fmt=fmt), x, x)
+
+
+def _dequantize(stored, fmt: StateFormat):
+  like = stored.codes if isinstance(stored, state_formats.Blocks) else stored
+  return sharded.automatic(functools.partial(state_formats.dequantize, fmt=fmt), like, stored)

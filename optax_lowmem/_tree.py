@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import sharded
+
 HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
@@ -54,6 +56,20 @@ def _has_value(x) -> bool:
   return dtype != jax.dtypes.float0 and not (
     dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
   )
+
+
+def sharded_like(inner_state, params):
+  """A state whose arrays at parameters' places, and of their shapes, are sharded like them."""
+  weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+  def place(path, x):
+    start = owner(path, weights)
+    parameter = None if start is None else weights[path[start:]]
+    has_shape = start is not None and jnp.shape(parameter) == jnp.shape(x)
+    is_alike = has_shape and is_float(parameter) and isinstance(x, jax.Array)
+    return sharded.like(x, parameter) if is_alike else x
+
+  return jax.tree_util.tree_map_with_path(place, inner_state)
 
 
 def find_states(tree, kind: type) -> Iterator[Any]:

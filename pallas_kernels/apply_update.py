@@ -1,9 +1,11 @@
 """apply_update: merge, add a float32 update and split again, in one pass and in place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arithmetic, checks, launch, packing
+from pallas_kernels import arithmetic, checks, launch, packing, sharded
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.random_bits import random_bits
 
@@ -56,10 +58,7 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
   if fmt.is_full_precision:
     return low + update, None
   if launch.resolve(implementation, low, update, residual_bits=fmt.residual_bits) == "xla":
-    bits = random_bits(stream, low.shape) if fmt.needs_key else None
-    unpacked = packing.unpack(delta, low.shape, fmt)
-    low, new_delta = arithmetic.apply_values(low, unpacked, update, fmt, bits)
-    return low, packing.pack(new_delta, fmt)
+    return sharded.automatic(functools.partial(_xla, fmt), low, low, delta, update, stream)
 
   def tile(bits, update_T, low_T, delta_T=None):
     wide_T = None if delta_T is None else delta_T.astype(jnp.int32)
@@ -73,3 +72,10 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
     in_place=[low] if delta is None else [low, delta],
   )
   return low, delta[0] if delta else None
+
+
+def _xla(fmt: DeltaFormat, low, delta, update, stream):
+  bits = random_bits(stream, low.shape) if fmt.needs_key else None
+  unpacked = packing.unpack(delta, low.shape, fmt)
+  low, new_delta = arithmetic.apply_values(low, unpacked, update, fmt, bits)
+  return low, packing.pack(new_delta, fmt)

@@ -26,40 +26,31 @@ _by_device_p.multiple_results = True
 dispatch.prim_requires_devices_during_lowering.add(_by_device_p)
 
 
-def by_device(programs: Mapping[str, Callable], *args) -> Any:
+def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) -> Any:
   """Calls one of several programs with equal results.
 
   Args:
     programs: by kind of device: "any" (needed), "gpu", "mosaic_gpu" (one
-      NVIDIA GPU that the kernels compile for) and "cpu" (one CPU device). They
-      close over no tracers.
+      NVIDIA GPU that the kernels compile for), "cpu" (one CPU device) and
+      "several" (GPUs). They close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
+    on_each: whether the programs run the same on each of several devices
+      (`jax.shard_map`): the device is then any of them.
 
   Returns:
     What the program returns, a pytree of arrays.
   """
-  if not jax.sharding.get_abstract_mesh().empty:  # under shard_map or explicit axes
-    return programs["any"](*args)
   flat, treedef = jax.tree.flatten(args)
-  result = jax.eval_shape(programs["any"], *args)
+  # Types, with whatever they carry besides shape and dtype (shardings, varying mesh axes).
+  jaxpr, struct = jax.make_jaxpr(programs["any"], return_shape=True)(*args)
   outputs = _by_device_p.bind(
-    *flat, programs=tuple(programs.items()), treedef=treedef, result=_Struct(result)
+    *flat,
+    programs=tuple(programs.items()),
+    treedef=treedef,
+    result=tuple(jaxpr.out_avals),
+    on_each=on_each,
   )
-  return jax.tree.unflatten(jax.tree.structure(result), outputs)
-
-
-class _Struct:
-  """A tree of `jax.ShapeDtypeStruct`, as a static parameter."""
-
-  def __init__(self, tree):
-    leaves, self.treedef = jax.tree.flatten(tree)
-    self.leaves = tuple((x.shape, x.dtype) for x in leaves)
-
-  def __eq__(self, other):
-    return (self.leaves, self.treedef) == (other.leaves, other.treedef)
-
-  def __hash__(self):
-    return hash((self.leaves, self.treedef))
+  return jax.tree.unflatten(jax.tree.structure(struct), outputs)
 
 
 def _flat_program(kind: str, programs, treedef):
@@ -68,19 +59,19 @@ def _flat_program(kind: str, programs, treedef):
   return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
 
 
-def _abstract_eval(*avals, programs, treedef, result):
-  del avals, programs, treedef
-  return [jax.core.ShapedArray(shape, dtype) for shape, dtype in result.leaves]
+def _abstract_eval(*avals, result, **params):
+  del avals, params
+  return list(result)
 
 
-def _impl(*args, programs, treedef, result):
-  bind = functools.partial(_by_device_p.bind, programs=programs, treedef=treedef, result=result)
+def _impl(*args, **params):
+  bind = functools.partial(_by_device_p.bind, **params)
   with jax.disable_jit(False):  # it would come back here
     return jax.jit(bind)(*args)
 
 
-def _jvp(primals, tangents, *, programs, treedef, result):
-  del result
+def _jvp(primals, tangents, *, programs, treedef, result, on_each):
+  del result, on_each
 
   def instantiate(x, t):
     if type(t) is not ad.Zero:
@@ -92,11 +83,16 @@ def _jvp(primals, tangents, *, programs, treedef, result):
   return jax.jvp(_flat_program("any", programs, treedef), tuple(primals), tuple(tangents))
 
 
-def _lower(ctx, *args, programs, treedef, result):
+def _lower(ctx, *args, programs, treedef, result, on_each):
   del result
   devices = getattr(ctx.module_context.axis_context, "device_assignment", None) or ()
   platforms = tuple(ctx.platforms or ctx.module_context.platforms)
-  flat = _flat_program(_kind(devices, platforms), programs, treedef)
+  if on_each and len(set(map(_generation, devices))) == 1:
+    devices = devices[:1]
+  kind = _kind(devices, platforms)
+  if len(devices) > 1 and kind == "gpu" and "several" in dict(programs):
+    kind = "several"
+  flat = _flat_program(kind, programs, treedef)
   return mlir.lower_fun(flat, multiple_results=True)(ctx, *args)
 
 
@@ -112,12 +108,16 @@ def _kind(devices, platforms) -> str:
   return "mosaic_gpu" if capability >= 9.0 else "gpu"
 
 
+def _generation(device):
+  return device.platform, getattr(device, "compute_capability", None)
+
+
 def _is_nvidia(device) -> bool:
   return device.platform == "gpu" and "NVIDIA" in device.device_kind
 
 
-def _batch(args, axes, *, programs, treedef, result):
-  del result
+def _batch(args, axes, *, programs, treedef, result, on_each):
+  del result, on_each
   flat = jax.vmap(_flat_program("any", programs, treedef), in_axes=axes)(*args)
   return flat, [0] * len(flat)
 

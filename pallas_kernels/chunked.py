@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arithmetic, state_formats
-from pallas_kernels.random_bits import element_bits, statistic_bits
+from pallas_kernels.random_bits import element_bits, statistic_bits, whole_place
 from pallas_kernels.state_formats import BLOCK, Blocks
 
 _U32 = jnp.uint32
@@ -36,8 +36,11 @@ def sizes(shape: tuple[int, ...]) -> list[int]:
   return [CHUNK, blocks % CHUNK] if blocks % CHUNK else [CHUNK]
 
 
-def step(rule, formats, gradient, low, delta, statistics, stream, when, index=None):
-  """`fused_update_leaves`' arguments and results; the rule closes over no array."""
+def step(rule, formats, gradient, low, delta, statistics, stream, when, index=None, window=None):
+  """`fused_update_leaves`' arguments and results; the rule closes over no array.
+
+  With a window in units of blocks along the last axis, low is a part of a whole.
+  """
   state = (low, delta, statistics)
   in_blocks = lambda x: x.reshape(-1, BLOCK) if x.size == low.size else x.reshape(-1)
   flat, gradient = jax.tree.map(in_blocks, state), gradient.reshape(-1, BLOCK)
@@ -48,6 +51,7 @@ def step(rule, formats, gradient, low, delta, statistics, stream, when, index=No
     cut = lambda x, start=first + start: jax.lax.dynamic_slice_in_dim(x, start, count)
     # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
     row = jax.lax.broadcasted_iota(_U32, (count, 1), 0) + jnp.asarray(first + start).astype(_U32)
+    row = whole_place(row, (*low.shape[:-1], low.shape[-1] // BLOCK), window)
     place = row * _U32(BLOCK) + jax.lax.broadcasted_iota(_U32, (count, BLOCK), 1)
     cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
     stored = cut(gradient, start), cut_low, cut_delta, cut_statistics

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import (
   arithmetic,
@@ -22,12 +23,19 @@ from pallas_kernels import (
   launch,
   launch_blocks,
   packing,
+  sharded,
   state_formats,
 )
 from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.hoist import hoist
-from pallas_kernels.random_bits import Part, key_words, random_bits, statistic_bits, stream_keys
+from pallas_kernels.random_bits import (
+  Window,
+  key_words,
+  random_bits,
+  statistic_bits,
+  stream_keys,
+)
 from pallas_kernels.state_formats import BLOCK, Blocks, StateFormat
 
 Rule = Callable[[jax.Array, jax.Array, list[jax.Array]], tuple[jax.Array, list[jax.Array]]]
@@ -111,11 +119,19 @@ def fused_update_leaves(
   if implementation == "mosaic_gpu" and reason:
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
   shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
+  mesh = sharded.mesh_of([leaf.low for leaf in leaves])
+  shards = None if mesh is None else _Shards.of(leaves, mesh, index)
+  if shards is not None:
+    shapes, stacks = shards.shapes, shards.stacks
   takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes + stacks))
+  takes_kernel &= mesh is None or (shards is not None and shards.fit_words)
   tiles = [(n, BLOCK) for n in launch_blocks.tile_rows(shapes)] if takes_kernel else []
   if implementation == "mosaic_gpu" and takes_kernel:
     scalars, rules = _hoisted(rule, formats, tiles)
-    return _kernel(rules, formats, scalars, leaves, when, index)
+    kernel = functools.partial(_kernel, rules, formats)
+    if shards is not None:
+      return shards.each(kernel)(scalars, leaves, when, index)
+    return by_device({"any": kernel, "several": _refuse_several}, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
@@ -130,9 +146,79 @@ def fused_update_leaves(
     "any": functools.partial(_xla_leaves, rules, formats),
     "gpu": functools.partial(_xla_leaves, rules, formats, contracts=True),
   }
+  if mesh is not None and shards is None:  # XLA moves what belongs together
+    run, old = functools.partial(by_device, programs), [leaf[1:4] for leaf in leaves]
+    return sharded.automatic_in_place(run, mesh, old, scalars, leaves, when, index)
   programs |= {"cpu": functools.partial(_chunked, rules, formats)} if is_chunked else {}
   programs |= {"mosaic_gpu": functools.partial(_kernel, rules, formats)} if is_kernel else {}
-  return by_device(programs, scalars, leaves, when, index)
+  if shards is not None:
+    programs = {kind: shards.each(program) for kind, program in programs.items()}
+  return by_device(programs, scalars, leaves, when, index, on_each=shards is not None)
+
+
+class _Shards:
+  """How leaves are stepped shard by shard, on a mesh of Explicit axes.
+
+  Attributes:
+    shapes: of the shards of the gradients.
+    stacks: of the shards of the weights.
+    fit_words: whether the places in each whole array fit 32 bits.
+  """
+
+  def __init__(self, leaves: Sequence["Leaf"], shardings, has_index: bool):
+    self._shardings, self._wholes = shardings, [leaf.low.shape for leaf in leaves]
+    self.stacks = list(map(sharded.shard_shape, shardings, self._wholes))
+    self.shapes = [shape[1:] if has_index else shape for shape in self.stacks]
+    self.fit_words = all(math.prod(shape) < 1 << 32 for shape in self._wholes)
+    self._specs: list[Any] = []
+    for leaf, sharding in zip(leaves, shardings, strict=True):
+      spec, one = sharding.spec, sharding.spec[1:] if has_index else sharding.spec
+      state = jax.tree.map(lambda _, spec=spec: spec, leaf[1:4])
+      keys = jax.tree.map(lambda _: PartitionSpec(), leaf[4:])
+      specs: list[Any] = [PartitionSpec(*one), *state, *keys]
+      self._specs.append(Leaf(*specs))
+
+  @staticmethod
+  def of(leaves: Sequence["Leaf"], mesh, index) -> "_Shards | None":
+    """None where a block is cut by a shard's edge, or a stack along its first axis."""
+    shardings = [NamedSharding(mesh, sharded.spec_of(leaf.low)) for leaf in leaves]
+    for leaf, sharding in zip(leaves, shardings, strict=True):
+      is_stack_cut = index is not None and sharding.spec[0] is not None
+      if is_stack_cut or not sharded.keeps_blocks(sharding, leaf.low.shape):
+        return None
+    return _Shards(leaves, shardings, index is not None)
+
+  def each(self, program: Callable) -> Callable:
+    """A program of whole arrays that runs the given one on each shard."""
+
+    def local(*args):
+      windows = list(map(sharded.window, self._shardings, self._wholes))
+      return program(*args, windows=windows)
+
+    def call(*args):
+      everywhere = jax.tree.map(lambda _: PartitionSpec(), args)
+      specs = (everywhere[0], self._specs, *everywhere[2:])
+      out = [leaf[1:4] for leaf in self._specs]
+      return sharded.on_shards(local, self._shardings[0].mesh, specs, out)(*args)
+
+    return call
+
+
+def _refuse_several(*args):
+  raise ValueError(
+    '"mosaic_gpu" in a program for several GPUs: XLA cannot partition a kernel, and would run all'
+    " of it on each of them. On a mesh with Explicit axes, or inside jax.shard_map, it runs on each"
+    ' shard; "xla" and None work everywhere.'
+  )
+
+
+def _in_blocks(window: Window | None) -> Window | None:
+  """A window of rows of whole blocks, in blocks along the last axis."""
+  if window is None:
+    return None
+  *start, last = window.start
+  last = 0 if isinstance(last, int) else last // BLOCK
+  return Window((*start, last), (*window.shape[:-1], window.shape[-1] // BLOCK))
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
@@ -194,7 +280,7 @@ def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
 
 
 def _xla_leaves(
-  rules, formats, scalars, leaves: Sequence[Leaf], when, index, contracts: bool = False
+  rules, formats, scalars, leaves: Sequence[Leaf], when, index, contracts=False, windows=None
 ):
   """The step as an XLA program; leaves of one shape are traced once.
 
@@ -203,25 +289,28 @@ def _xla_leaves(
   """
   rule = _bound(rules, scalars, contracts)
   xla = jax.jit(functools.partial(_xla if index is None else _xla_in_stack, rule, formats))
-  return [xla(leaf, when, index) for leaf in leaves]
+  windows = windows or [None] * len(leaves)
+  return [xla(leaf, when, index, window) for leaf, window in zip(leaves, windows, strict=True)]
 
 
-def _xla_in_stack(rule, formats, leaf: Leaf, when, index):
+def _xla_in_stack(rule, formats, leaf: Leaf, when, index, window: Window | None):
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
-  part = Part(index, leaf.low.shape[0])
+  window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
+  window = Window((index, *window.start[1:]), window.shape)
   low, delta, statistics = stored
   one = leaf._replace(low=low, delta=delta, statistics=statistics)
-  new = _xla(rule, formats, one, when, part)
+  new = _xla(rule, formats, one, when, None, window)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
 
-def _xla(rule, formats, leaf: Leaf, when, part: Part | None = None):
+def _xla(rule, formats, leaf: Leaf, when, index, window: Window | None):
+  del index
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
   bits, own_bits = (
-    functools.partial(random_bits, words, low.shape, part=part)
+    functools.partial(random_bits, words, low.shape, window=window)
     for words in (stream, stream if own is None else own)
   )
   gradient = arithmetic.as_float32(gradient)
@@ -296,13 +385,15 @@ def _bound(rules, scalars, contracts: bool = False) -> Rule:
   return rule
 
 
-def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when, index):
+def _chunked(rules, formats, scalars, leaves: Sequence[Leaf], when, index, windows=None):
   """The step as an XLA program for one CPU."""
   rule = _bound(rules, scalars)
-  return [chunked.step(rule, formats, *leaf[:5], when, index) for leaf in leaves]
+  windows = map(_in_blocks, windows or [None] * len(leaves))
+  pairs = zip(leaves, windows, strict=True)
+  return [chunked.step(rule, formats, *leaf[:5], when, index, window) for leaf, window in pairs]
 
 
-def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when, index):
+def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when, index, windows=None):
   """The step as a Mosaic GPU kernel."""
   fmt, statistic_formats = formats
 
@@ -327,16 +418,24 @@ def _kernel(rules, formats, scalars, leaves: Sequence[Leaf], when, index):
       new_scales_K += [scale_K] if f.has_scale else []
     return values_T, new_scales_K
 
-  def operands(leaf: Leaf) -> launch_blocks.BlockLeaf:
+  def operands(leaf: Leaf, window: Window | None) -> launch_blocks.BlockLeaf:
     blocks = lambda x: x.reshape(-1, BLOCK)
     values = [x for x in (leaf.low, leaf.delta) if x is not None]
     values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
     scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
     refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
-    return launch_blocks.BlockLeaf(leaf.stream, blocks(leaf.gradient), refs, scale_refs)
+    start = None
+    if window is not None:
+      start = jnp.stack([jnp.asarray(x, jnp.int32) for x in window.start])
+    return launch_blocks.BlockLeaf(leaf.stream, blocks(leaf.gradient), refs, scale_refs, start)
 
-  block_leaves = [operands(leaf) for leaf in leaves]
-  launch_blocks.blockwise(tile, block_leaves, scalars, when, index)
+  in_blocks = list(map(_in_blocks, windows or [None] * len(leaves)))
+  block_leaves = list(map(operands, leaves, in_blocks))
+  parts = [
+    None if x is None else ((*leaf.low.shape[:-1], leaf.low.shape[-1] // BLOCK), x.shape)
+    for leaf, x in zip(leaves, in_blocks, strict=True)
+  ]
+  launch_blocks.blockwise(tile, block_leaves, scalars, when, index, parts)
   return [_frozen(leaf, written) for leaf, written in zip(leaves, block_leaves, strict=True)]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.launch import MAX_SIZE
-from pallas_kernels.random_bits import element_bits
+from pallas_kernels.random_bits import Window, element_bits, whole_place
 from pallas_kernels.state_formats import BLOCK
 
 _HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
@@ -55,12 +55,15 @@ class BlockLeaf(NamedTuple):
     refs: what is replaced, likewise, of at most 16 bits a value; or a stack of
       such arrays, [count * blocks, 32].
     scale_refs: what is replaced, bfloat16 [blocks] or [count * blocks].
+    start: where the array, or the stack, is a part of a whole: its first place
+      along each axis, int32 [axes], in blocks along the last; else None.
   """
 
   key: jax.Array
   read: jax.Array
   refs: list[jax.Ref]
   scale_refs: list[jax.Ref]
+  start: jax.Array | None = None
 
 
 def blockwise(
@@ -69,6 +72,7 @@ def blockwise(
   scalars: Sequence[jax.Array],
   when: jax.Array | None,
   index: jax.Array | None = None,
+  parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]] | None] | None = None,
 ):
   """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
@@ -80,7 +84,10 @@ def blockwise(
     scalars: what tile's scalars are (float32, or exact in it: bools, integers).
     when: a bool: where it is False nothing is written; or None.
     index: an integer: which arrays of stacks are meant; or None.
+    parts: for each array that has a start, its shape and the whole's, in blocks
+      along the last axis.
   """
+  parts = parts or [None] * len(leaves)
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
@@ -101,11 +108,12 @@ def blockwise(
 
       def run(group=group, first=first):
         mine = [leaf_refs[i] for i in group.leaves]
+        wholes = [_in_whole(leaf_refs[i].start, parts[i]) for i in group.leaves]
         if len(mine) > 1:
           place = table_refs[0][program, 0], table_refs[0][program, 1]
         else:
           place = None, (program - first) * group.rows + int(group.table[0, 1])
-        _run_tile(tile, group.rows, mine, *place, index, numbers, refs[len(operands) :])
+        _run_tile(tile, group.rows, mine, wholes, *place, index, numbers, refs[len(operands) :])
 
       last = first + len(group.table)
       conditions = taken + ([(program >= first) & (program < last)] if len(groups) > 1 else [])
@@ -126,6 +134,17 @@ def blockwise(
       unsafe_no_auto_barriers=min(group.rows for group in groups) >= 4
     ),
   )(*operands)
+
+
+def _in_whole(start_ref, part):
+  """A tile's first block and its rows -> where they are in the whole; the first if they are it."""
+  if part is None:
+    return lambda first, row: first
+  shape, whole = part
+  starts = [
+    0 if n == m else start_ref[i] for i, (n, m) in enumerate(zip(shape, whole, strict=True))
+  ]
+  return lambda first, row: whole_place(first + row, shape, Window(tuple(starts), whole))
 
 
 def _as(number, dtype):
@@ -168,28 +187,34 @@ def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
   return [group.rows for group in _groups([math.prod(shape) // BLOCK for shape in shapes])]
 
 
-def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, index, scalars, shared_refs):
+def _run_tile(
+  tile, rows: int, leaves: list[BlockLeaf], wholes, which, start, index, scalars, shared_refs
+):
   """One tile, in a kernel: of the only array, or of number `which`."""
   layout = _block_layout(rows)
+  row, column = (
+    plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
+  )
 
   def first(leaf: BlockLeaf):
     """The tile's first block, in the array and in the stack."""
     return start, start if index is None else index * leaf.read.shape[0] + start
 
-  def load(leaf: BlockLeaf):
+  def load(leaf: BlockLeaf, in_whole):
     in_array, in_stack = first(leaf)
 
     def array(ref, first=in_stack, layout=layout):
       return plgpu.load(ref.at[pl.ds(first, rows)], layout=layout, optimized=False)
 
     return (
-      (leaf.key[0], leaf.key[1], in_stack),
+      (leaf.key[0], leaf.key[1], in_whole(in_stack.astype(jnp.uint32), row)),
       array(leaf.read, in_array),
       [array(ref) for ref in leaf.refs],
       [array(ref, layout=layout.reduce(1)) for ref in leaf.scale_refs],
     )
 
-  def store(leaf: BlockLeaf, values, scales):
+  def store(leaf: BlockLeaf, in_whole, values, scales):
+    del in_whole
     blocks = pl.ds(first(leaf)[1], rows)
     for ref, value in zip(leaf.refs, values, strict=True):
       if rows == _ROWS[0]:
@@ -208,13 +233,11 @@ def _run_tile(tile, rows: int, leaves: list[BlockLeaf], which, start, index, sca
     plgpu.wait_smem_to_gmem(0)
 
   def choose(f, *args):
-    branches = [functools.partial(f, leaf) for leaf in leaves]
+    branches = [functools.partial(f, *of) for of in zip(leaves, wholes, strict=True)]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  (*words, in_stack), read, values, scales = choose(load)
-  row, column = (
-    plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
-  )
-  place = (row + in_stack.astype(jnp.uint32)) * jnp.uint32(BLOCK) + column
+  (*words, blocks), read, values, scales = choose(load)
+  blocks = blocks if blocks.shape else row + blocks
+  place = blocks * jnp.uint32(BLOCK) + column
   bits = lambda lane: element_bits(words, place, lane=lane)
   choose(store, *tile(bits, scalars, read, values, scales))

@@ -1,9 +1,11 @@
 """merge: a half-precision weight and its residual bits back into float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arithmetic, checks, launch, packing
+from pallas_kernels import arithmetic, checks, launch, packing, sharded
 from pallas_kernels.formats import DeltaFormat
 
 
@@ -43,7 +45,7 @@ def merge(
   if fmt.is_full_precision:
     return low
   if launch.resolve(implementation, low, residual_bits=fmt.residual_bits) == "xla":
-    return arithmetic.merge_values(low, packing.unpack(delta, low.shape, fmt), fmt)
+    return sharded.automatic(functools.partial(_xla, fmt), low, low, delta)
 
   def tile(bits, low_T, delta_T=None):
     del bits
@@ -52,3 +54,7 @@ def merge(
 
   reads = [low] if delta is None else [low, delta]
   return launch.elementwise(tile, reads=reads, outputs=[jnp.float32])[0]
+
+
+def _xla(fmt: DeltaFormat, low, delta):
+  return arithmetic.merge_values(low, packing.unpack(delta, low.shape, fmt), fmt)

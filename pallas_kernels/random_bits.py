@@ -32,9 +32,10 @@ Dieharder battery by `benchmarks/random_stream.py`, whose output is kept in
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.random
@@ -46,16 +47,20 @@ _U32 = jnp.uint32
 _LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 
 
-class Part(NamedTuple):
-  """Which array of a stack is meant: x[number] of x [length, ...].
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """Which part of a whole array is at hand: a shard, or an array of a stack.
 
   Attributes:
-    number: an integer scalar, perhaps traced.
-    length: of the stack's first axis.
+    start: the part's first place along each axis, integers, perhaps traced; 0
+      where the part is as long as the whole.
+    shape: the whole's. It may have more axes than the part, in front: along
+      these the part is at one place.
   """
 
-  number: jax.typing.ArrayLike
-  length: int
+  start: tuple[Any, ...]
+  shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
 def key_words(key: jax.typing.ArrayLike) -> jax.Array:
@@ -187,22 +192,53 @@ def place(coordinates, shape: tuple[int, ...]):
   return low, high
 
 
-def element_index(shape: tuple[int, ...], part: Part | None = None):
-  """Every element's `place` in an array, or in the stack that it is a part of.
+def element_index(shape: tuple[int, ...], window: Window | None = None):
+  """Every element's `place` in an array, or in the whole that it is a part of.
 
   Sums of iotas, which XLA computes in registers and partitions along any axis.
   """
   coordinates = [jax.lax.broadcasted_iota(_U32, shape, axis) for axis in range(len(shape))]
   whole = shape
-  if part is not None:
-    coordinates.insert(0, jnp.asarray(part.number).astype(_U32))
-    whole = (part.length, *shape)
+  if window is not None:
+    whole, start = window.shape, [jnp.asarray(x).astype(_U32) for x in window.start]
+    front = len(whole) - len(shape)
+    coordinates = start[:front] + [i + x for i, x in zip(coordinates, start[front:], strict=True)]
   low, high = place(coordinates, whole)
   return jnp.broadcast_to(low, shape), high
 
 
+def whole_place(places, shape: tuple[int, ...], window: Window | None):
+  """Row-major places in a part, as places in the whole; both of fewer than 2**32.
+
+  Args:
+    places: uint32, of any shape, on arrays or on tiles.
+    shape: the part's, of as many axes as the whole.
+    window: the part; None where it is the whole.
+
+  Returns:
+    uint32.
+  """
+  if window is None:
+    return places
+  runs, length, whole_length = [], 1, 1  # of axes of which the first is cut
+  for n, whole, start in zip(shape[::-1], window.shape[::-1], window.start[::-1], strict=True):
+    length, whole_length, stride = length * n, whole_length * whole, whole_length
+    if n != whole:
+      offset = jnp.asarray(start).astype(_U32) * _U32(stride)
+      runs.append((length, whole_length, offset))
+      length, whole_length = 1, 1
+  runs += [(length, whole_length, _U32(0))] if length > 1 else []
+  result, stride = _U32(0), 1
+  for i, (length, whole_length, offset) in enumerate(runs):
+    is_last = i + 1 == len(runs)
+    here = places if is_last else places % _U32(length)
+    places = places // _U32(length) if not is_last else places
+    result, stride = result + (here + offset) * _U32(stride), stride * whole_length
+  return result
+
+
 def random_bits(
-  key: jax.Array, shape: tuple[int, ...], lane: int = 0, part: Part | None = None
+  key: jax.Array, shape: tuple[int, ...], lane: int = 0, window: Window | None = None
 ) -> jax.Array:
   """The stream of a whole array, or of a part of it.
 
@@ -210,10 +246,10 @@ def random_bits(
     key: uint32 [2], one row of `stream_keys`.
     shape: the array's shape, or the part's.
     lane: see `element_bits`.
-    part: where the array is one of several that are stacked.
+    window: where the array is a part of another.
 
   Returns:
     uint32 of that shape.
   """
-  low, high = element_index(shape, part)
+  low, high = element_index(shape, window)
   return element_bits((key[0], key[1]), low, high, lane)

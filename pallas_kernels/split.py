@@ -1,8 +1,10 @@
 """split: a float32 value into a half-precision weight and a few residual bits."""
 
+import functools
+
 import jax
 
-from pallas_kernels import arithmetic, checks, launch, packing
+from pallas_kernels import arithmetic, checks, launch, packing, sharded
 from pallas_kernels.formats import DeltaFormat
 from pallas_kernels.random_bits import random_bits
 
@@ -52,9 +54,7 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
   if fmt.is_full_precision:
     return x, None
   if launch.resolve(implementation, x, residual_bits=fmt.residual_bits) == "xla":
-    bits = random_bits(stream, x.shape) if fmt.needs_key else None
-    low, delta = arithmetic.split_values(x, fmt, bits)
-    return low, packing.pack(delta, fmt)
+    return sharded.automatic(functools.partial(_xla, fmt), x, x, stream)
   residual = packing.stored_struct(x.shape, fmt)
 
   def tile(bits, x_T):
@@ -66,3 +66,9 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
     tile, key=stream if fmt.needs_key else None, reads=[x], outputs=outputs
   )
   return low, delta[0] if delta else None
+
+
+def _xla(fmt: DeltaFormat, x, stream):
+  bits = random_bits(stream, x.shape) if fmt.needs_key else None
+  low, delta = arithmetic.split_values(x, fmt, bits)
+  return low, packing.pack(delta, fmt)

@@ -56,18 +56,22 @@ TARGETS = {
 
 
 @functools.cache
-def sharding(target: str = "h100"):
-  """A sharding on one such device; None where the `h100` extra is not installed."""
+def devices(topology: str, target: str = "h100"):
+  """Such devices, "1x1x8" of them; None where the `h100` extra is not installed."""
   text = _TARGET.format(**TARGETS[target])
   try:
-    topology = topologies.get_topology_desc(
-      "", platform="cuda", target_config=text, topology="1x1x1"
-    )
+    found = topologies.get_topology_desc("", platform="cuda", target_config=text, topology=topology)
   except Exception as error:  # the plugin's own kinds; only a missing plugin is expected
     if "cuda" not in str(error).lower():
       raise
     return None
-  return jax.sharding.SingleDeviceSharding(topology.devices[0])
+  return found.devices
+
+
+def sharding(target: str = "h100"):
+  """A sharding on one such device; None where the `h100` extra is not installed."""
+  found = devices("1x1x1", target)
+  return found and jax.sharding.SingleDeviceSharding(found[0])
 
 
 def struct(shape, dtype, target: str = "h100") -> jax.ShapeDtypeStruct:

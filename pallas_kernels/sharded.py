@@ -1,0 +1,141 @@
+"""sharded: operations on arrays whose types carry a sharding (a mesh with Explicit axes).
+
+Under Auto axes XLA partitions what it is given, and a trace knows no sharding.
+Under Explicit axes a reshape that cuts a sharded axis anew is an error. So an
+operation here is handed to XLA's partitioner (`automatic`), or, where no block
+is cut by a shard's edge, run on each shard alone (`on_shards`), without any
+communication and with the random bits of the shard's place in the whole.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels.random_bits import Window
+from pallas_kernels.state_formats import BLOCK
+
+
+def explicit(x) -> NamedSharding | None:
+  """The sharding in an array's type; None where no axis of it is sharded explicitly."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+    return None
+  return sharding if any(axes is not None for axes in sharding.spec) else None
+
+
+def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+  """An array's sharding for what is stored for it: along the axes that it divides evenly.
+
+  Args:
+    sharding: of an array.
+    shape: of another of the same rank, or of any other rank (which is replicated).
+
+  Returns:
+    The sharding of the other.
+  """
+  spec = sharding.spec if len(sharding.spec) == len(shape) else [None] * len(shape)
+  parts = [_parts(sharding, axes) for axes in spec]
+  spec = [axes if n % k == 0 else None for axes, n, k in zip(spec, shape, parts, strict=True)]
+  return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _parts(sharding: NamedSharding, axes) -> int:
+  """Into how many parts an axis of an array is cut."""
+  names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def like(x: jax.Array, parameter: jax.Array) -> jax.Array:
+  """Gives x the sharding of a parameter of its shape, also where only XLA knows that."""
+  sharding = explicit(parameter)
+  if sharding is not None:
+    return jax.sharding.reshard(x, sharding)
+  # Shardings are propagated before this is simplified to x.
+  return jnp.where(parameter == parameter, x, x)
+
+
+def automatic(f: Callable, x: jax.Array, *args):
+  """Calls f(*args), left to XLA's partitioner where x's type carries a sharding.
+
+  Args:
+    f: a function that closes over no tracers.
+    x: the array that says how; results of its rank are sharded like it.
+    *args: pytrees of arrays.
+
+  Returns:
+    What f returns.
+  """
+  sharding = explicit(x)
+  if sharding is None:
+    return f(*args)
+  plain = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), args)
+  result = jax.eval_shape(f, *plain)
+  out = jax.tree.map(lambda r: fitted(sharding, r.shape), result)
+  return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+
+
+def automatic_in_place(f: Callable, mesh, old, *args):
+  """Calls f(*args), left to XLA's partitioner; results are sharded like the arrays of old."""
+  out = jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), old)
+  return jax.sharding.auto_axes(f, out_sharding=out)(*args)
+
+
+def mesh_of(arrays: Sequence[jax.Array]):
+  """The mesh along whose Explicit axes some of the arrays are sharded; or None."""
+  found = [sharding.mesh for sharding in map(explicit, arrays) if sharding is not None]
+  return found[0] if found else None
+
+
+def spec_of(x) -> PartitionSpec:
+  """The spec in an array's type, with an entry for each axis."""
+  sharding = explicit(x)
+  return PartitionSpec(*[None] * jnp.ndim(x)) if sharding is None else sharding.spec
+
+
+def shard_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape of a shard."""
+  return tuple(n // _parts(sharding, axes) for n, axes in zip(shape, sharding.spec, strict=True))
+
+
+def keeps_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+  """Whether no block or pack of values is cut by a shard's edge (and the mesh is all Explicit)."""
+  is_explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
+  is_cut = bool(shape) and sharding.spec[-1] is not None
+  return is_explicit and not (is_cut and shard_shape(sharding, shape)[-1] % BLOCK)
+
+
+def window(sharding: NamedSharding, shape: tuple[int, ...]) -> Window:
+  """Which part of an array a shard is, inside `on_shards`."""
+  part = shard_shape(sharding, shape)
+  start = [
+    0 if n == whole else jax.lax.axis_index(axes) * n
+    for n, whole, axes in zip(part, shape, sharding.spec, strict=True)
+  ]
+  return Window(tuple(start), shape)
+
+
+def on_shards(f: Callable, mesh, in_specs: Sequence[Any], out_specs: Any) -> Callable:
+  """A function on each shard alone; arguments that are sharded otherwise are moved first.
+
+  Args:
+    f: a function of shards.
+    mesh: of Explicit axes.
+    in_specs: for each argument, a tree of `PartitionSpec`.
+    out_specs: likewise for the result.
+
+  Returns:
+    A function of whole arrays.
+  """
+  mapped = jax.shard_map(
+    f, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
+  )
+
+  def call(*args):
+    move = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))
+    return mapped(*jax.tree.map(move, args, tuple(in_specs)))
+
+  return call

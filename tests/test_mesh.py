@@ -1,0 +1,293 @@
+"""On a mesh: the same bits as on one device, the parameters' shardings, no communication."""
+
+import functools
+import math
+import os
+import re
+
+from conftest import assert_trees_equal
+import h100
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import optax_lowmem as lowmem
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+COLLECTIVE = re.compile(
+  r"(\S+) (all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter)(?:-start)?\("
+)
+# Shapes and how they are sharded over a mesh of the axes "data" and "model". In "even" ones no
+# block of 32 is cut by a shard's edge.
+EVEN = {
+  "rows": ((16, 96), P("data")),
+  "columns": ((8, 256), P(None, "model")),
+  "both": ((16, 128), P("data", "model")),
+  "one_axis_twice": ((16, 40), P(("data", "model"), None)),
+  "middle": ((3, 8, 64), P(None, "data", None)),
+  "vector": ((512,), P("data")),
+  "short": ((16, 24), P("data")),
+  "scalar": ((), P()),
+  "empty": ((0, 32), P()),
+  "everywhere": ((5, 70), P()),
+}
+CUT = {
+  "cut": ((8, 96), P(None, ("data", "model"))),  # 12 of 96
+  "cut_vector": ((40,), P("data")),
+  "cut_short": ((3, 16), P(None, "model")),
+  "padded": ((8, 1000), P("data", "model")),
+}
+
+
+def mesh_of(data: int, model: int = 1, kind=AUTO):
+  devices = jax.devices()[: data * model]
+  return jax.make_mesh((data, model), ("data", "model"), axis_types=(kind,) * 2, devices=devices)
+
+
+def parameters(table):
+  rng = np.random.default_rng(0)
+  return {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _) in table.items()}
+
+
+def placed(tree, table, mesh):
+  return {k: jax.device_put(x, NamedSharding(mesh, table[k][1])) for k, x in tree.items()}
+
+
+def gradients(table, step: int):
+  rng = np.random.default_rng(step + 1)
+  return {
+    name: (rng.normal(size=shape) * 0.1).astype(jnp.bfloat16) for name, (shape, _) in table.items()
+  }
+
+
+def updated(tx, grads, opt_state, params):
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state
+
+
+def trained(tx, table, mesh, how=lowmem.step, steps=2):
+  """Weights and state after some steps, on the host; and the step's program."""
+  params, opt_state = lowmem.init(tx, placed(parameters(table), table, mesh))
+  step = jax.jit(functools.partial(how, tx))
+  for i in range(steps):
+    grads = placed(gradients(table, i), table, mesh)
+    text = step.lower(grads, opt_state, params).compile().as_text() if i == steps - 1 else ""
+    params, opt_state = step(grads, opt_state, params)
+  return jax.device_get((params, opt_state)), collectives(text)
+
+
+def collectives(text: str) -> list[tuple[str, str]]:
+  """What a compiled program communicates: (type, operation)."""
+  return COLLECTIVE.findall(text)
+
+
+@functools.cache
+def on_one_device(name, table_name, how):
+  table = {"even": EVEN, "all": EVEN | CUT}[table_name]
+  return trained(OPTIMIZERS[name](), table, mesh_of(1), how)[0]
+
+
+OPTIMIZERS = {
+  "adamw": lambda: lowmem.adamw(1e-2, weight_decay=0.1),
+  "adamw packed": lambda: lowmem.adamw(1e-2, weights="bf16+5", mu="bf16", nu="fp16"),
+  "lion exact": lambda: lowmem.lion(1e-2, weights="bf16+16"),
+  "sgd stochastic": lambda: lowmem.sgd(0.1, 0.9, weights="bf16+0", accumulator="fp16"),
+  "adam fp16": lambda: lowmem.adam(1e-2, weights="fp16+13"),
+  "wrapped": lambda: lowmem.delta_bits(optax.adabelief(1e-2), "fp16+8"),
+  "quantized": lambda: lowmem.delta_bits(lowmem.quantize_state(optax.adam(1e-2)), "bf16+3"),
+  "scaled": lambda: lowmem.dynamic_loss_scale(lowmem.adamw(1e-2), init_scale=8.0),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "kind", "how"),
+  [
+    ("adamw", (2, 1), AUTO, lowmem.step),
+    ("adamw", (4, 2), AUTO, lowmem.step),
+    ("adamw", (2, 1), EXPLICIT, lowmem.step),
+    ("adamw", (2, 2), EXPLICIT, lowmem.step),
+    ("adamw", (4, 2), EXPLICIT, lowmem.step),
+    ("adamw", (4, 2), AUTO, updated),
+    ("adamw", (4, 2), EXPLICIT, updated),
+    ("adamw packed", (4, 2), AUTO, lowmem.step),
+    ("adamw packed", (4, 2), EXPLICIT, lowmem.step),
+    ("adamw packed", (4, 2), EXPLICIT, updated),
+    ("lion exact", (8, 1), AUTO, lowmem.step),
+    ("lion exact", (8, 1), EXPLICIT, lowmem.step),
+    ("sgd stochastic", (4, 2), AUTO, lowmem.step),
+    ("sgd stochastic", (2, 4), EXPLICIT, lowmem.step),
+    ("adam fp16", (2, 4), AUTO, lowmem.step),
+    ("adam fp16", (4, 2), EXPLICIT, lowmem.step),
+    ("wrapped", (4, 2), AUTO, updated),
+    ("wrapped", (4, 2), EXPLICIT, lowmem.step),
+    ("quantized", (4, 2), AUTO, lowmem.step),
+    ("quantized", (2, 2), EXPLICIT, updated),
+    ("scaled", (4, 2), AUTO, lowmem.step),
+    ("scaled", (4, 2), EXPLICIT, lowmem.step),
+  ],
+)
+def test_the_same_bits(name, shape, kind, how):
+  table = EVEN | CUT
+  if shape[0] == 8:
+    table = {k: x for k, x in table.items() if k != "cut_vector" or 40 % shape[0] == 0}
+  result, _ = trained(OPTIMIZERS[name](), table, mesh_of(*shape, kind), how)
+  assert_trees_equal(result, on_one_device(name, "all", how))
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("how", [lowmem.step, updated])
+@pytest.mark.parametrize("name", ["adamw", "adamw packed"])
+def test_no_communication(name, kind, how):
+  _, found = trained(OPTIMIZERS[name](), EVEN, mesh_of(4, 2, kind), how, steps=1)
+  assert not found
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_one_scalar_for_the_finite_check_and_one_for_a_norm(kind):
+  tx = lowmem.dynamic_loss_scale(OPTIMIZERS["adamw"](), init_scale=8.0)
+  _, found = trained(tx, EVEN, mesh_of(4, 2, kind), steps=1)
+  assert [operation for _, operation in found] == ["all-reduce"] and "pred[]" in found[0][0]
+  clipped = optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(1e-2))
+  _, found = trained(clipped, EVEN, mesh_of(4, 2, kind), steps=1)
+  assert {operation for _, operation in found} == {"all-reduce"}
+  assert all(re.fullmatch(r"\(?(f32\[\](, )?)+\)?", shape) for shape, _ in found), found
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize("name", ["adamw", "lion exact"])
+def test_kernels_run_on_each_shard(name, shape):
+  make = {"adamw": lowmem.adamw, "lion exact": functools.partial(lowmem.lion, weights="bf16+16")}
+  table = {k: EVEN[k] for k in ("rows", "columns", "both", "middle", "vector")}
+
+  def run(mesh):
+    with plgpu.force_gpu_interpret_mode():
+      return trained(make[name](1e-2, implementation="mosaic_gpu"), table, mesh, steps=1)
+
+  reference = run(mesh_of(1))[0]
+  result, found = run(mesh_of(*shape, EXPLICIT))
+  assert_trees_equal(result, reference)
+  assert not found
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("under_jit", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "adamw packed", "wrapped"])
+def test_state_is_sharded_like_its_parameter(name, under_jit, kind):
+  mesh, tx = mesh_of(4, 2, kind), OPTIMIZERS[name]()
+  init = functools.partial(lowmem.init, tx)
+  params = placed(parameters(EVEN), EVEN, mesh)
+  tree = (jax.jit(init) if under_jit else init)(params)
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    if len(names) != 1 or names[0] not in EVEN or not x.size:
+      continue
+    wanted = NamedSharding(mesh, EVEN[names[0]][1])
+    if x.shape[-1:] == (3,) or x.ndim != len(EVEN[names[0]][0]):
+      continue
+    assert x.sharding.is_equivalent_to(wanted, x.ndim), (path, x.shape, x.sharding)
+
+
+def test_half_precision_parameters_give_sharded_residuals():
+  mesh = mesh_of(4, 2)
+  params = placed(parameters(EVEN), EVEN, mesh)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  for init in (lowmem.adamw(1e-2, weights="bf16+5").init, lowmem.adamw(1e-2).init):
+    for residual, name in ((init(params).residuals[k], k) for k in ("rows", "columns", "both")):
+      wanted = NamedSharding(mesh, EVEN[name][1])
+      assert residual.sharding.is_equivalent_to(wanted, residual.ndim)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_gradient_release(kind):
+  """Sharded layers, a sharded batch: the state that value_and_grad and step give there."""
+  tx, mesh = lowmem.adamw(1e-2, weight_decay=0.1), mesh_of(4, 2, kind)
+  rng = np.random.default_rng(0)
+  table = {"up": (None, P(None, "data", None)), "out": (None, P("data", None))}
+  params32 = {"up": rng.normal(size=(3, 64, 64)) / 8, "out": rng.normal(size=(64, 32)) / 8}
+  params32 = {k: x.astype(np.float32) for k, x in params32.items()}
+  x = jax.device_put(rng.normal(size=(8, 64)).astype(jnp.bfloat16), NamedSharding(mesh, P()))
+  matmul = functools.partial(jnp.einsum, "bi,ij->bj")
+  if kind == EXPLICIT:
+    matmul = functools.partial(matmul, out_sharding=P())
+  block = lambda w, x: jnp.tanh(matmul(x, w))
+
+  def loss_fn(layers, x):
+    x = layers["up"].scan(block, x)
+    return jnp.mean(layers["out"](block, x).astype(jnp.float32) ** 2)
+
+  def plain(params, x):
+    for i in range(3):
+      x = block(params["up"][i], x)
+    return jnp.mean(block(params["out"], x).astype(jnp.float32) ** 2)
+
+  with jax.set_mesh(mesh):
+    params, opt_state = lowmem.init(tx, placed(params32, table, mesh))
+    _, released_params, released = jax.jit(lowmem.fused_backward(loss_fn, tx))(params, opt_state, x)
+
+    @jax.jit
+    def step(params, opt_state, x):
+      return lowmem.step(tx, jax.grad(plain)(params, x), opt_state, params)
+
+    expected = step(params, opt_state, x)
+  assert_trees_equal(jax.device_get((released_params, released)), jax.device_get(expected))
+
+
+def eight_h100s(kind):
+  """A mesh of eight H100s to compile for, and structs of a state on it."""
+  devices = h100.devices("1x1x8")
+  if devices is None and not os.environ.get("REQUIRE_H100"):
+    pytest.skip("the h100 extra is not installed")
+  return jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(kind,))
+
+
+H100_TABLE = {
+  "up": ((4, 1024, 2048), P(None, "data", None)),
+  "down": ((4, 2048, 1024), P(None, None, "data")),
+  "norm": ((1024,), P("data")),
+}
+
+
+def compiled_for_h100s(tx, kind):
+  mesh = eight_h100s(kind)
+
+  def struct(path, x):
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    spec = H100_TABLE[names[0]][1] if len(names) == 1 and names[0] in H100_TABLE else P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+  params32 = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, (shape, _) in H100_TABLE.items()}
+  params, opt_state = jax.eval_shape(lambda p: lowmem.init(tx, p), params32)
+  grads, opt_state, params = jax.tree_util.tree_map_with_path(struct, (params, opt_state, params))
+  step = jax.jit(lambda g, p, s: lowmem.step(tx, g, s, p), donate_argnums=(1, 2))
+  return step.trace(grads, params, opt_state).lower().compile()
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_eight_h100s(kind):
+  """The optimizer communicates nothing; under Explicit axes each device runs the kernel."""
+  program = compiled_for_h100s(lowmem.adamw(1e-3, weight_decay=0.1), kind)
+  text, memory = program.as_text(), program.memory_analysis()
+  assert not collectives(text)
+  values = sum(math.prod(shape) for shape, _ in H100_TABLE.values()) // 8
+  assert memory.argument_size_in_bytes < 7.14 * values
+  assert text.count('custom_call_target="mosaic_gpu') == (3 if kind == EXPLICIT else 0)
+  # As on one device: XLA keeps copies of the scales between its passes.
+  assert memory.temp_size_in_bytes < (0.001 if kind == EXPLICIT else 0.6) * values
+
+
+@pytest.mark.h100
+def test_eight_h100s_check_with_one_scalar():
+  program = compiled_for_h100s(lowmem.dynamic_loss_scale(lowmem.adamw(1e-3)), AUTO)
+  assert [operation for _, operation in collectives(program.as_text())] == ["all-reduce"]
+
+
+@pytest.mark.h100
+def test_a_kernel_that_xla_cannot_partition_is_refused():
+  with pytest.raises(ValueError, match="Explicit axes"):
+    compiled_for_h100s(lowmem.adamw(1e-3, implementation="mosaic_gpu"), AUTO)
