@@ -142,7 +142,8 @@ def test_memory_table():
   assert table.parts["weights"] == 2 * n + 4 * m == table.parts["gradients"]
   assert table.parts["residuals"] == n // 2
   assert table.parts["moments"] == 8 * (n + m)
-  assert table.parts["rest"] == 4 + 8 + 4 + 4 * 4  # step, key, Adam's count, loss scale
+  # step, key, the mark of the formats, Adam's count, loss scale
+  assert table.parts["rest"] == 4 + 8 + 4 + 4 + 4 * 4
   assert table.total == sum(table.parts.values())
   real = sum(x.nbytes for x in jax.tree.leaves((params, state, params)))
   assert table.total == real
