@@ -17,14 +17,14 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
 from optax_lowmem import _api, _tree
 from optax_lowmem._delta_bits import DeltaBitsState, _check_residuals
+from pallas_kernels import sharded
 from pallas_kernels.merge import merge
-from pallas_kernels.state_formats import BLOCK
 
 _NAMES = {
   "bool": "BOOL",
@@ -100,9 +100,9 @@ def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation
     tx: a transformation, as for `lowmem.init`. What it initializes for one
       parameter may not depend on another's values.
     like: the tree of parameters, as arrays or `jax.ShapeDtypeStruct`s. Where a
-      leaf has a sharding, its weight, residual and statistics get it (packed
-      ones in whole blocks along the last axis), and each device reads its own
-      part of the file.
+      leaf has a sharding, its weight, residual and statistics get it (along
+      the axes that it divides evenly), and each device reads its own part of
+      the file.
 
   Returns:
     (params, opt_state).
@@ -142,7 +142,30 @@ def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation
     return jax.make_array_from_callback(x.shape, x.sharding, part)
 
   in_order = list(names)
-  return _init_by_leaf(lambda params: _api.init(tx, params), structs, read)
+  init = functools.partial(_init_by_leaf, lambda params: _api.init(tx, params))
+  meshes: set[Any] = {
+    x.sharding.mesh for x in jax.tree.leaves(structs) if isinstance(x.sharding, NamedSharding)
+  }
+  explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+  if not explicit:
+    return init(structs, read)
+  # Parts of a program would have to carry the shardings in their types; XLA finds them as well.
+  (mesh,) = explicit
+  kinds = (AxisType.Auto,) * len(mesh.axis_names)
+  automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+  with jax.set_mesh(automatic):
+    results = init(jax.tree.map(lambda x: _moved(x, mesh, automatic), structs), read)
+  return jax.tree.map(lambda x: _moved(x, automatic, mesh), results)
+
+
+def _moved(x, source: Mesh, target: Mesh):
+  """An array or struct with its sharding on another mesh of the same devices."""
+  if not isinstance(x.sharding, NamedSharding) or x.sharding.mesh != source:
+    return x
+  sharding = NamedSharding(target, x.sharding.spec)
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.device_put(x, sharding)
 
 
 def _init_by_leaf(init: Callable, structs, read: Callable):
@@ -272,16 +295,9 @@ def _sharding(i: int | None, leaves, x):
   sharding = None if i is None else leaves[i].sharding
   if not isinstance(sharding, NamedSharding):
     return sharding
-  shape = leaves[i].shape
-  if x.shape == shape:
-    return sharding
-  if len(x.shape) != len(shape):
-    return NamedSharding(sharding.mesh, PartitionSpec())
-  spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-  axes = (spec[-1],) if isinstance(spec[-1], str) else spec[-1] or ()
-  if shape[-1] % (BLOCK * math.prod(sharding.mesh.shape[axis] for axis in axes)):
-    spec[-1] = None  # packed, or scales: whole blocks to each device
-  return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+  missing = [None] * (len(leaves[i].shape) - len(sharding.spec))
+  whole = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *missing))
+  return sharding if x.shape == leaves[i].shape else sharded.fitted(whole, x.shape)
 
 
 def _masters(params, opt_state) -> dict[str, Callable]:

@@ -308,6 +308,12 @@ def test_marks_live_like_other_leaves():
   assert {m.dtype for m in marks} == {jnp.dtype(jnp.uint32)} and {m.shape for m in marks} == {()}
   buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, state))]
   assert len(set(buffers)) == len(buffers)  # or they could not be donated together
+  master = lowmem.master_params(
+    params, state
+  )  # the way to other formats that docs/checkpoints.md names
+  assert_trees_equal(
+    lowmem.master_params(*lowmem.init(lowmem.adamw(1e-2, weights="bf16+16"), master)), master
+  )
   mapped = optax.tree.map_params(tx, lambda x: x, state)
   assert_trees_equal(mapped, state)
   assert mapped.formats.table == state.formats.table
