@@ -53,7 +53,7 @@ def pack(delta: jax.Array | None, fmt: DeltaFormat) -> jax.Array | None:
   if delta.shape[-1] < GROUP:
     return _bytes_of(v)[..., :3].reshape(struct.shape)
   v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, -v.shape[-1] % GROUP)])
-  v = v.reshape(*v.shape[:-1], -1, GROUP)
+  v = v.reshape(*v.shape[:-1], v.shape[-1] // GROUP, GROUP)
   parts = []
   for offset, width in _parts(fmt.residual_bits):
     field = (v >> _U32(offset)) & _U32((1 << width) - 1)
@@ -74,7 +74,7 @@ def unpack(stored: jax.Array | None, shape: tuple[int, ...], fmt: DeltaFormat) -
     v = b[..., 0] | (b[..., 1] << _U32(8)) | (b[..., 2] << _U32(16))
     return _sign_extend(v, 24)
   bits = fmt.residual_bits
-  b = stored.reshape(*shape[:-1], -1, 4 * bits)
+  b = stored.reshape(*shape[:-1], stored.shape[-1] // (4 * bits), 4 * bits)
   v, start = _U32(0), 0
   for offset, width in _parts(bits):
     byte = b[..., None, start : start + 4 * width].astype(_U32)
@@ -83,7 +83,7 @@ def unpack(stored: jax.Array | None, shape: tuple[int, ...], fmt: DeltaFormat) -
     shifts = width * jax.lax.broadcasted_iota(_U32, (8 // width, 1), 0)
     field = (byte >> shifts) & _U32((1 << width) - 1)
     v = v | (field.reshape(*field.shape[:-2], GROUP) << _U32(offset))
-  v = v.reshape(*shape[:-1], -1)[..., : shape[-1]]
+  v = v.reshape(*shape[:-1], v.shape[-2] * GROUP)[..., : shape[-1]]
   return _sign_extend(v, bits)
 
 

@@ -28,10 +28,8 @@ EVEN = {
   "rows": ((16, 96), P("data")),
   "columns": ((8, 256), P(None, "model")),
   "both": ((16, 128), P("data", "model")),
-  "one_axis_twice": ((16, 40), P(("data", "model"), None)),
-  "middle": ((3, 8, 64), P(None, "data", None)),
+  "middle": ((3, 8, 64), P(None, ("data", "model"), None)),
   "vector": ((512,), P("data")),
-  "short": ((16, 24), P("data")),
   "scalar": ((), P()),
   "empty": ((0, 32), P()),
   "everywhere": ((5, 70), P()),
@@ -39,7 +37,6 @@ EVEN = {
 CUT = {
   "cut": ((8, 96), P(None, ("data", "model"))),  # 12 of 96
   "cut_vector": ((40,), P("data")),
-  "cut_short": ((3, 16), P(None, "model")),
   "padded": ((8, 1000), P("data", "model")),
 }
 
@@ -72,13 +69,16 @@ def updated(tx, grads, opt_state, params):
 
 def trained(tx, table, mesh, how=lowmem.step, steps=2):
   """Weights and state after some steps, on the host; and the step's program."""
-  params, opt_state = lowmem.init(tx, placed(parameters(table), table, mesh))
+  params, opt_state = jax.jit(functools.partial(lowmem.init, tx))(
+    placed(parameters(table), table, mesh)
+  )
   step = jax.jit(functools.partial(how, tx))
   for i in range(steps):
     grads = placed(gradients(table, i), table, mesh)
-    text = step.lower(grads, opt_state, params).compile().as_text() if i == steps - 1 else ""
+    if i == 0:
+      step = step.lower(grads, opt_state, params).compile()
     params, opt_state = step(grads, opt_state, params)
-  return jax.device_get((params, opt_state)), collectives(text)
+  return jax.device_get((params, opt_state)), collectives(step.as_text())
 
 
 def collectives(text: str) -> list[tuple[str, str]]:
@@ -107,41 +107,30 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(
   ("name", "shape", "kind", "how"),
   [
-    ("adamw", (2, 1), AUTO, lowmem.step),
     ("adamw", (4, 2), AUTO, lowmem.step),
     ("adamw", (2, 1), EXPLICIT, lowmem.step),
-    ("adamw", (2, 2), EXPLICIT, lowmem.step),
     ("adamw", (4, 2), EXPLICIT, lowmem.step),
-    ("adamw", (4, 2), AUTO, updated),
-    ("adamw", (4, 2), EXPLICIT, updated),
-    ("adamw packed", (4, 2), AUTO, lowmem.step),
-    ("adamw packed", (4, 2), EXPLICIT, lowmem.step),
+    ("adamw", (2, 2), EXPLICIT, updated),
+    ("adamw packed", (2, 1), AUTO, lowmem.step),
     ("adamw packed", (4, 2), EXPLICIT, updated),
-    ("lion exact", (8, 1), AUTO, lowmem.step),
     ("lion exact", (8, 1), EXPLICIT, lowmem.step),
-    ("sgd stochastic", (4, 2), AUTO, lowmem.step),
-    ("sgd stochastic", (2, 4), EXPLICIT, lowmem.step),
-    ("adam fp16", (2, 4), AUTO, lowmem.step),
-    ("adam fp16", (4, 2), EXPLICIT, lowmem.step),
+    ("sgd stochastic", (2, 2), AUTO, lowmem.step),
+    ("adam fp16", (2, 4), EXPLICIT, lowmem.step),
     ("wrapped", (4, 2), AUTO, updated),
-    ("wrapped", (4, 2), EXPLICIT, lowmem.step),
     ("quantized", (4, 2), AUTO, lowmem.step),
-    ("quantized", (2, 2), EXPLICIT, updated),
-    ("scaled", (4, 2), AUTO, lowmem.step),
     ("scaled", (4, 2), EXPLICIT, lowmem.step),
   ],
 )
 def test_the_same_bits(name, shape, kind, how):
   table = EVEN | CUT
-  if shape[0] == 8:
-    table = {k: x for k, x in table.items() if k != "cut_vector" or 40 % shape[0] == 0}
   result, _ = trained(OPTIMIZERS[name](), table, mesh_of(*shape, kind), how)
   assert_trees_equal(result, on_one_device(name, "all", how))
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
-@pytest.mark.parametrize("how", [lowmem.step, updated])
-@pytest.mark.parametrize("name", ["adamw", "adamw packed"])
+@pytest.mark.parametrize(
+  ("name", "how"), [("adamw", lowmem.step), ("adamw", updated), ("adamw packed", lowmem.step)]
+)
 def test_no_communication(name, kind, how):
   _, found = trained(OPTIMIZERS[name](), EVEN, mesh_of(4, 2, kind), how, steps=1)
   assert not found
