@@ -9,7 +9,7 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
+.PHONY: help demo test test-all test-distributed test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
   bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
@@ -21,8 +21,11 @@ demo: .venv/demo.stamp  ## train a GPT on Shakespeare in six formats (about 6 mi
 test: .venv/test.stamp  ## all tests, with the newest JAX and the H100 compiler
 	REQUIRE_H100=1 $(BIN)/python $(PYTEST)
 
-test-all: .venv/test.stamp  ## all tests, with 50 kills of a training run in place of 5 (5 minutes more)
-	REQUIRE_H100=1 KILLS=50 $(BIN)/python $(PYTEST)
+test-all: .venv/test.stamp  ## all tests, with 50 kills of a training run and 100 random trees and chains
+	REQUIRE_H100=1 KILLS=50 PROPERTY_EXAMPLES=100 $(BIN)/python $(PYTEST)
+
+test-distributed: .venv/test.stamp  ## two and four processes against one
+	$(BIN)/python -m pytest -q tests/distributed
 
 test-oldest: .venv-oldest/test.stamp  ## the tests with the oldest supported JAX
 	REQUIRE_H100=1 .venv-oldest/bin/python $(PYTEST) --deselect tests/test_optax_alias.py \
