@@ -64,9 +64,10 @@ def sharded_like(inner_state, params):
 
   def place(path, x):
     start = owner(path, weights)
-    parameter = None if start is None else weights[path[start:]]
-    has_shape = start is not None and jnp.shape(parameter) == jnp.shape(x)
-    is_alike = has_shape and is_float(parameter) and isinstance(x, jax.Array)
+    if start is None or not isinstance(x, jax.Array):
+      return x
+    parameter = weights[path[start:]]
+    is_alike = is_float(parameter) and jnp.shape(parameter) == x.shape
     return sharded.like(x, parameter) if is_alike else x
 
   return jax.tree_util.tree_map_with_path(place, inner_state)

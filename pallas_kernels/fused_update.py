@@ -131,6 +131,8 @@ def fused_update_leaves(
     kernel = functools.partial(_kernel, rules, formats)
     if shards is not None:
       return shards.each(kernel)(scalars, leaves, when, index)
+    if launch.interpreter_is_forced():  # its effects are none of by_device's
+      return kernel(scalars, leaves, when, index)
     return by_device({"any": kernel, "several": _refuse_several}, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.

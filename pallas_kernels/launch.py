@@ -81,7 +81,7 @@ def _check_devices(arrays):
   have no device: under jit the default backend speaks if it is a GPU; if it is
   a CPU, the program may be compiled for another machine, or interpreted.
   """
-  if _interpreter_is_forced():
+  if interpreter_is_forced():
     return
   concrete = [x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
   if concrete:
@@ -98,7 +98,8 @@ def _check_devices(arrays):
     )
 
 
-def _interpreter_is_forced() -> bool:
+def interpreter_is_forced() -> bool:
+  """Whether kernels run on a CPU under JAX's GPU interpreter."""
   # JAX has no public getter for what `force_gpu_interpret_mode` sets.
   from jax._src import config
 

@@ -22,9 +22,9 @@ def main(port: int, count: int, index: int, layout: str, file: str):
   if count > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
-  from jax.sharding import NamedSharding, PartitionSpec as P
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
   import numpy as np
-  import optax
 
   import optax_lowmem as lowmem
 
@@ -71,9 +71,7 @@ def main(port: int, count: int, index: int, layout: str, file: str):
   shards = []
   for path, x in jax.tree_util.tree_leaves_with_path((params, opt_state)):
     for shard in x.addressable_shards:
-      place = tuple(
-        (s.start or 0, s.stop or n) for s, n in zip(shard.index, x.shape, strict=True)
-      )
+      place = tuple((s.start or 0, s.stop or n) for s, n in zip(shard.index, x.shape, strict=True))
       data = np.asarray(shard.data)
       shards.append((jax.tree_util.keystr(path), place, str(data.dtype), data.tobytes()))
   assert int(opt_state.skipped) == 1
