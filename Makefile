@@ -9,7 +9,7 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-distributed test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
+.PHONY: help demo test test-all test-distributed conformance test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
   bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
@@ -27,9 +27,12 @@ test-all: .venv/test.stamp  ## all tests, with 50 kills of a training run and 10
 test-distributed: .venv/test.stamp  ## two and four processes against one
 	$(BIN)/python -m pytest -q tests/distributed
 
+# Where there is no time for all, every n-th case: make conformance EVERY=16
+conformance: .venv/test.stamp  ## the suites that Optax ships, and Flax's behaviours, on every wrapper of ours; writes docs/conformance.md
+	$(BIN)/python $(PYTEST) tests/conformance $(if $(EVERY),--every $(EVERY),--table docs/conformance.md)
+
 test-oldest: .venv-oldest/test.stamp  ## the tests with the oldest supported JAX
-	REQUIRE_H100=1 .venv-oldest/bin/python $(PYTEST) --deselect tests/test_optax_alias.py \
-	  --deselect tests/test_arithmetic.py::test_fp16_13_is_exact_in_the_normal_range \
+	REQUIRE_H100=1 .venv-oldest/bin/python $(PYTEST) --deselect tests/test_arithmetic.py::test_fp16_13_is_exact_in_the_normal_range \
 	  --deselect tests/test_state_formats.py::test_idle_weights \
 	  --deselect tests/test_release.py::test_law_15_formats \
 	  --deselect tests/test_release.py::test_law_15_interpreted_kernels \
