@@ -307,7 +307,7 @@ def _xla_in_stack(rule, formats, leaf: Leaf, when, index, window: Window | None)
   return jax.tree.map(put, stack, new)
 
 
-def _xla(rule, formats, leaf: Leaf, when, index, window: Window | None):
+def _xla(rule, formats, leaf: Leaf, when, index=None, window: Window | None = None):
   del index
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
