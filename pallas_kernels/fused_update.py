@@ -295,7 +295,7 @@ def _xla_leaves(
   return [xla(leaf, when, index, window) for leaf, window in zip(leaves, windows, strict=True)]
 
 
-def _xla_in_stack(rule, formats, leaf: Leaf, when, index, window: Window | None):
+def _xla_in_stack(rule, formats, leaf: Leaf, when, index, window: Window | None = None):
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
