@@ -225,6 +225,7 @@ def add(
       if exception.test == base and exception.cases(subject, arguments):
         contents[name] = _instead(exception, subject, module, test, arguments)
         contents["excused"][name] = exception.reason
+        break
     contents.setdefault(name, _used(test, wrapped))
   cls = type(original)(f"{class_name}_{subject.identifier}", (original,), contents)
   cls.__module__, cls.__qualname__ = namespace["__name__"], cls.__name__

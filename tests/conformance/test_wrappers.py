@@ -7,7 +7,7 @@ from optax._src import alias, combine, transform
 import pytest
 
 from . import suites
-from .subjects import ALL, BOTH, DELTA_BITS, DYNAMIC, OURS, SCALE_BY_ADAM, STATIC
+from .subjects import ALL, BOTH, CHAINED, DELTA_BITS, DYNAMIC, OURS, SCALE_BY_ADAM, STATIC
 
 # (module of Optax's, class, what it makes transformations with, tests that make them with alias,
 # tests that make them with transform). The other tests are about Optax alone.
@@ -173,20 +173,22 @@ def _holds_refused(subject, case):
 def _has_half_hyperparameters(subject, arguments):
   if subject not in (DELTA_BITS, BOTH, STATIC):
     return False
-  return arguments.get("hyperparam_dtype", jnp.bfloat16) == jnp.bfloat16
+  return arguments.get("hyperparam_dtype", arguments["param_dtype"]) == jnp.bfloat16
 
 
 def _holds_with_params(subject, case):
   """The same update with the parameters given."""
+  dtype, param_dtype, grad_dtype = (
+    case.arguments[name] for name in ("hyperparam_dtype", "param_dtype", "grad_dtype")
+  )
   tx = optax.inject_hyperparams(
-    lambda b1, b2: subject.wrap(optax.scale_by_adam(b1, b2), False),
-    hyperparam_dtype=case.arguments["hyperparam_dtype"],
+    lambda b1, b2: subject.wrap(optax.scale_by_adam(b1, b2), False), hyperparam_dtype=dtype
   )(b1=0.9, b2=0.95)
-  params = [jnp.ones(shape, jnp.bfloat16) for shape in ((1, 2), (2,), (1, 1, 1))]
+  params = [jnp.ones(shape, param_dtype) for shape in ((1, 2), (2,), (1, 1, 1))]
   state = jax.jit(tx.init)(params)
-  grads = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  grads = jax.tree.map(lambda x: x.astype(grad_dtype), params)
   _, state = jax.jit(tx.update)(grads, state, params)
-  assert state.hyperparams["b1"].dtype == state.hyperparams["b2"].dtype == jnp.float32
+  assert state.hyperparams["b1"].dtype == state.hyperparams["b2"].dtype == dtype
 
 
 EXCUSED = (
@@ -224,9 +226,8 @@ EXCUSED = (
   suites.Excused(
     "test_hyperparam_dtypes",
     lambda subject, arguments: (
-      not subject.name.startswith("quantize") and subject is not SCALE_BY_ADAM
-      and arguments["param_dtype"] != arguments["grad_dtype"] and
-      arguments["param_dtype"] == jnp.bfloat16
+      subject in (DELTA_BITS, BOTH, STATIC, CHAINED)
+      and arguments["param_dtype"] != arguments["grad_dtype"]
     ),
     "The test gives no parameters, which `delta_bits` needs (zeros of the gradients' dtype are"
     " given elsewhere; here it is not the parameters'). It is run with parameters instead.",
