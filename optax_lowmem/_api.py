@@ -116,14 +116,20 @@ def master_params(params, opt_state):
   Examples:
     >>> params32 = lowmem.master_params(params, opt_state)
   """
+  masters = {name: merge(*parts) for name, parts in master_parts(params, opt_state).items()}
+  return _tree.map_named(masters.get, params)
+
+
+def master_parts(params, opt_state) -> dict[str, tuple]:
+  """(weight, residual, format) of each leaf that has a format, by name."""
   weights = _tree.named_leaves(params)
-  masters = {}
+  parts = {}
   for state in _tree.find_states(opt_state, DeltaBitsState):
     held = {name: weights[name] for name, _ in state.formats.table if name in weights}
     residuals = _check_residuals(state.residuals, held, state.formats)
     for name, low in held.items():
-      masters[name] = merge(low, residuals.get(name), state.formats.by_name[name])
-  return _tree.map_named(masters.get, params)
+      parts[name] = low, residuals.get(name), state.formats.by_name[name]
+  return parts
 
 
 def load_master(params, opt_state):

@@ -96,16 +96,16 @@ def ema(
       dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32) if fmt is None else fmt.dtype
       return jnp.zeros_like(leaf, dtype=dtype)
 
-    def no_residual(name, leaf):
+    def residual(name, leaf):
       fmt = formats.get(name)
-      return None if fmt is None or fmt.residual_bits == 0 else _zeros(leaf, fmt)
+      return None if fmt is None else _zeros(leaf, fmt)
 
     return EmaState(
       formats=formats.marked(params),
       count=jnp.zeros([], jnp.int32),
       key=jnp.array(key_words(key), copy=True),  # the state is donated, the caller's key is not
       ema=_tree.map_named(zeros, params),
-      residuals=_tree.map_named(no_residual, params),
+      residuals=_tree.map_named(residual, params),
       correction=jnp.full([], 0.0 if debias else 1.0, jnp.float32),
     )
 

@@ -22,8 +22,7 @@ import numpy as np
 import optax
 
 from optax_lowmem import _api, _tree
-from optax_lowmem._delta_bits import DeltaBitsState, _check_residuals
-from pallas_kernels import sharded
+from pallas_kernels import hoist, sharded
 from pallas_kernels.merge import merge
 
 _NAMES = {
@@ -57,13 +56,13 @@ def export_safetensors(path: str | os.PathLike, params, opt_state) -> None:
     >>> lowmem.export_safetensors("model.safetensors", params, opt_state)
   """
   leaves = _by_tensor_name(params)
-  masters = _masters(params, opt_state)
+  parts = _api.master_parts(params, opt_state)
   structs = {}
   for name, (where, x) in leaves.items():
     if not getattr(x, "is_fully_addressable", True):
       raise ValueError(f"params{where} has shards in other processes; gather it first.")
     structs[name] = jax.ShapeDtypeStruct(
-      jnp.shape(x), jnp.float32 if where in masters else jnp.result_type(x)
+      jnp.shape(x), jnp.float32 if where in parts else jnp.result_type(x)
     )
   # Wide dtypes first, so that every tensor is aligned.
   order = sorted(leaves, key=lambda name: (-structs[name].dtype.itemsize, name))
@@ -81,7 +80,7 @@ def export_safetensors(path: str | os.PathLike, params, opt_state) -> None:
     file.write(struct.pack("<Q", len(encoded)) + encoded)
     for name in order:
       where, x = leaves[name]
-      x = np.asarray(masters[where](x) if where in masters else x)
+      x = np.asarray(_merge(*parts[where]) if where in parts else x)
       file.write(np.ascontiguousarray(x).view(np.uint8) if x.ndim else x.tobytes())
       del x
     file.flush()
@@ -227,7 +226,8 @@ def _small_values(jaxpr, consts) -> tuple[set[int], dict[Any, Any]]:
       small.add(i)
       known |= set(eqn.outvars)
   values = dict(zip(jaxpr.constvars, consts, strict=True))
-  _evaluate([jaxpr.eqns[i] for i in sorted(small)], values)  # without jit, which takes far longer
+  for i in sorted(small):  # without jit, which takes far longer
+    hoist.evaluate(jaxpr.eqns[i], values)
   return small, values
 
 
@@ -267,19 +267,9 @@ def _structure(eqns, sources, outvars):
 def _run(eqns, sources, outvars, values):
   """Runs equations; no result shares its buffer with another or with a value."""
   env = dict(zip(sources, values, strict=True))
-  _evaluate(eqns, env)
-  return [jnp.array(_look_up(env, var)) for var in outvars]
-
-
-def _evaluate(eqns, env: dict[Any, Any]):
   for eqn in eqns:
-    params = eqn.primitive.get_bind_params(eqn.params)
-    new = eqn.primitive.bind(*(_look_up(env, var) for var in eqn.invars), **params)
-    env |= zip(eqn.outvars, new if eqn.primitive.multiple_results else [new], strict=True)
-
-
-def _look_up(env: dict[Any, Any], var):
-  return var.val if isinstance(var, Literal) else env[var]
+    hoist.evaluate(eqn, env)
+  return [jnp.array(hoist.read(env, var)) for var in outvars]
 
 
 def _parameter(path, places) -> int | None:
@@ -300,22 +290,6 @@ def _sharding(i: int | None, leaves, x):
   return sharding if x.shape == leaves[i].shape else sharded.fitted(whole, x.shape)
 
 
-def _masters(params, opt_state) -> dict[str, Callable]:
-  """By name of a parameter with a format: what makes its master weight of it."""
-  weights = _tree.named_leaves(params)
-  masters = {}
-  for state in _tree.find_states(opt_state, DeltaBitsState):
-    held = {name: weights[name] for name in state.formats.by_name if name in weights}
-    residuals = _check_residuals(state.residuals, held, state.formats)
-    for name in held:
-      masters[name] = _master(residuals.get(name), state.formats.by_name[name])
-  return masters
-
-
-def _master(residual, fmt) -> Callable:
-  return lambda low: _merge(low, residual, fmt)
-
-
 _merge = jax.jit(merge, static_argnums=2)
 
 
@@ -324,9 +298,7 @@ def _by_tensor_name(tree) -> dict[str, tuple[str, Any]]:
   found: dict[str, tuple[str, Any]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     where = _tree.name_of(path)
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-      path = path[:-1]  # an NNX variable's
-    name = jax.tree_util.keystr(path, simple=True, separator=".") or "params"
+    name = jax.tree_util.keystr(_tree.plain_path(path), simple=True, separator=".") or "params"
     if name in found:
       raise ValueError(f"params{where} and params{found[name][0]} would both be named {name!r}.")
     found[name] = where, leaf

@@ -12,13 +12,13 @@ HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def name_of(path) -> str:
-  """A leaf's name in errors and in format tables, such as "['dense']['kernel']".
+  """A leaf's name in errors and in format tables, such as "['dense']['kernel']"."""
+  return jax.tree_util.keystr(plain_path(path)) or "params"
 
-  The same with and without NNX variables.
-  """
-  if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-    path = path[:-1]
-  return jax.tree_util.keystr(path) or "params"
+
+def plain_path(path):
+  """A leaf's path, the same with and without NNX variables."""
+  return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
 def named_leaves(tree) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) ->
 
 def _flat_program(kind: str, programs, treedef):
   by_kind: dict[str, Callable] = dict(programs)
-  program = by_kind.get(kind) or (kind == "mosaic_gpu" and by_kind.get("gpu")) or by_kind["any"]
+  is_gpu = kind in ("mosaic_gpu", "several")
+  program = by_kind.get(kind) or (is_gpu and by_kind.get("gpu")) or by_kind["any"]
   return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
 
 
@@ -89,16 +90,14 @@ def _lower(ctx, *args, programs, treedef, result, on_each):
   platforms = tuple(ctx.platforms or ctx.module_context.platforms)
   if on_each and len(set(map(_generation, devices))) == 1:
     devices = devices[:1]
-  kind = _kind(devices, platforms)
-  if len(devices) > 1 and kind == "gpu" and "several" in dict(programs):
-    kind = "several"
-  flat = _flat_program(kind, programs, treedef)
+  flat = _flat_program(_kind(devices, platforms), programs, treedef)
   return mlir.lower_fun(flat, multiple_results=True)(ctx, *args)
 
 
 def _kind(devices, platforms) -> str:
   if len(devices) != 1 or len(platforms) != 1:
-    return "gpu" if platforms == ("cuda",) else "any"
+    several = "several" if len(devices) > 1 else "gpu"
+    return several if platforms == ("cuda",) else "any"
   (device,) = devices
   if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):  # exported for another
     return "any"

@@ -290,25 +290,26 @@ def _xla_leaves(
   (8 bytes a value of a leaf with clipping in front).
   """
   rule = _bound(rules, scalars, contracts)
-  xla = jax.jit(functools.partial(_xla if index is None else _xla_in_stack, rule, formats))
+  xla = jax.jit(functools.partial(_xla_in_stack, rule, formats))
   windows = windows or [None] * len(leaves)
   return [xla(leaf, when, index, window) for leaf, window in zip(leaves, windows, strict=True)]
 
 
 def _xla_in_stack(rule, formats, leaf: Leaf, when, index, window: Window | None = None):
+  if index is None:
+    return _xla(rule, formats, leaf, when, window)
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
   window = Window((index, *window.start[1:]), window.shape)
   low, delta, statistics = stored
   one = leaf._replace(low=low, delta=delta, statistics=statistics)
-  new = _xla(rule, formats, one, when, None, window)
+  new = _xla(rule, formats, one, when, window)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
 
-def _xla(rule, formats, leaf: Leaf, when, index=None, window: Window | None = None):
-  del index
+def _xla(rule, formats, leaf: Leaf, when, window: Window | None = None):
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
   bits, own_bits = (

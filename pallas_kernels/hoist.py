@@ -55,7 +55,7 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
   for eqn in jaxpr.eqns:
     is_scalar = all(isinstance(x, Literal) or x in known for x in eqn.invars)
     if is_scalar and all(getattr(x.aval, "shape", None) == () for x in eqn.outvars):
-      _evaluate(eqn, known, known)
+      evaluate(eqn, known, known)
     else:
       kept.append(eqn)
 
@@ -98,10 +98,10 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     env |= dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
     for eqn in kept:
       if eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
-        env[eqn.outvars[0]] = _read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
+        env[eqn.outvars[0]] = read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
       else:
-        _evaluate(eqn, env, frozenset() if contracts else may_be_products)
-    return jax.tree.unflatten(jax.tree.structure(out), [_read(env, x) for x in jaxpr.outvars])
+        evaluate(eqn, env, frozenset() if contracts else may_be_products)
+    return jax.tree.unflatten(jax.tree.structure(out), [read(env, x) for x in jaxpr.outvars])
 
   return scalars, rest
 
@@ -129,24 +129,25 @@ def _inlined(jaxpr, consts, args):
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "jit":
       called = eqn.params["jaxpr"]
-      results = _inlined(called.jaxpr, called.consts, [_read(env, x) for x in eqn.invars])
+      results = _inlined(called.jaxpr, called.consts, [read(env, x) for x in eqn.invars])
       env |= dict(zip(eqn.outvars, results, strict=True))
     elif eqn.primitive is jax.lax.integer_pow_p and eqn.params["y"] in (1, 2):
-      x = _read(env, eqn.invars[0])  # Optax's g**1, which Mosaic GPU has no lowering for
+      x = read(env, eqn.invars[0])  # Optax's g**1, which Mosaic GPU has no lowering for
       env[eqn.outvars[0]] = x if eqn.params["y"] == 1 else x * x
     else:
-      _evaluate(eqn, env)
-  return [_read(env, x) for x in jaxpr.outvars]
+      evaluate(eqn, env)
+  return [read(env, x) for x in jaxpr.outvars]
 
 
-def _read(env, var):
+def read(env, var):
+  """A variable's value, or a literal's."""
   return var.val if isinstance(var, Literal) else env[var]
 
 
-def _evaluate(eqn, env, products=frozenset()):
+def evaluate(eqn, env, products=frozenset()):
   """Adds an equation's results to env; of a sum, rounds the terms that are in products."""
   params = eqn.primitive.get_bind_params(eqn.params)
-  operands = [_read(env, x) for x in eqn.invars]
+  operands = [read(env, x) for x in eqn.invars]
   if eqn.primitive in (jax.lax.add_p, jax.lax.sub_p) and _is_float(operands[0]):
     pairs = zip(eqn.invars, operands, strict=True)
     operands = [rounded(x) if _is_in(var, products) else x for var, x in pairs]

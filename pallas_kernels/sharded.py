@@ -54,6 +54,9 @@ def like(x: jax.Array, parameter: jax.Array) -> jax.Array:
   sharding = explicit(parameter)
   if sharding is not None:
     return jax.sharding.reshard(x, sharding)
+  if not any(isinstance(a, jax.core.Tracer) for a in (x, parameter)):
+    wanted = getattr(parameter, "sharding", None) or x.sharding  # parameters may be structs
+    return x if x.sharding.is_equivalent_to(wanted, x.ndim) else jax.device_put(x, wanted)
   # Shardings are propagated before this is simplified to x.
   return jnp.where(parameter == parameter, x, x)
 
