@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import (
   arithmetic,
@@ -120,7 +119,7 @@ def fused_update_leaves(
     raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
   shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
   mesh = sharded.mesh_of([leaf.low for leaf in leaves])
-  shards = None if mesh is None else _Shards.of(leaves, mesh, index)
+  shards = None if mesh is None else sharded.Shards.of(leaves, mesh, index is not None)
   if shards is not None:
     shapes, stacks = shards.shapes, shards.stacks
   takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes + stacks))
@@ -156,54 +155,6 @@ def fused_update_leaves(
   if shards is not None:
     programs = {kind: shards.each(program) for kind, program in programs.items()}
   return by_device(programs, scalars, leaves, when, index, on_each=shards is not None)
-
-
-class _Shards:
-  """How leaves are stepped shard by shard, on a mesh of Explicit axes.
-
-  Attributes:
-    shapes: of the shards of the gradients.
-    stacks: of the shards of the weights.
-    fit_words: whether the places in each whole array fit 32 bits.
-  """
-
-  def __init__(self, leaves: Sequence["Leaf"], shardings, has_index: bool):
-    self._shardings, self._wholes = shardings, [leaf.low.shape for leaf in leaves]
-    self.stacks = list(map(sharded.shard_shape, shardings, self._wholes))
-    self.shapes = [shape[1:] if has_index else shape for shape in self.stacks]
-    self.fit_words = all(math.prod(shape) < 1 << 32 for shape in self._wholes)
-    self._specs: list[Any] = []
-    for leaf, sharding in zip(leaves, shardings, strict=True):
-      spec, one = sharding.spec, sharding.spec[1:] if has_index else sharding.spec
-      state = jax.tree.map(lambda _, spec=spec: spec, leaf[1:4])
-      keys = jax.tree.map(lambda _: PartitionSpec(), leaf[4:])
-      specs: list[Any] = [PartitionSpec(*one), *state, *keys]
-      self._specs.append(Leaf(*specs))
-
-  @staticmethod
-  def of(leaves: Sequence["Leaf"], mesh, index) -> "_Shards | None":
-    """None where a block is cut by a shard's edge, or a stack along its first axis."""
-    shardings = [NamedSharding(mesh, sharded.spec_of(leaf.low)) for leaf in leaves]
-    for leaf, sharding in zip(leaves, shardings, strict=True):
-      is_stack_cut = index is not None and sharding.spec[0] is not None
-      if is_stack_cut or not sharded.keeps_blocks(sharding, leaf.low.shape):
-        return None
-    return _Shards(leaves, shardings, index is not None)
-
-  def each(self, program: Callable) -> Callable:
-    """A program of whole arrays that runs the given one on each shard."""
-
-    def local(*args):
-      windows = list(map(sharded.window, self._shardings, self._wholes))
-      return program(*args, windows=windows)
-
-    def call(*args):
-      everywhere = jax.tree.map(lambda _: PartitionSpec(), args)
-      specs = (everywhere[0], self._specs, *everywhere[2:])
-      out = [leaf[1:4] for leaf in self._specs]
-      return sharded.on_shards(local, self._shardings[0].mesh, specs, out)(*args)
-
-    return call
 
 
 def _refuse_several(*args):

@@ -3,7 +3,7 @@
 Under Auto axes XLA partitions what it is given, and a trace knows no sharding.
 Under Explicit axes a reshape that cuts a sharded axis anew is an error. So an
 operation here is handed to XLA's partitioner (`automatic`), or, where no block
-is cut by a shard's edge, run on each shard alone (`on_shards`), without any
+is cut by a shard's edge, run on each shard alone (`Shards`), without any
 communication and with the random bits of the shard's place in the whole.
 """
 
@@ -99,46 +99,82 @@ def spec_of(x) -> PartitionSpec:
   return PartitionSpec(*[None] * jnp.ndim(x)) if sharding is None else sharding.spec
 
 
-def shard_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, ...]:
+class Shards:
+  """How leaves are stepped shard by shard, on a mesh of Explicit axes.
+
+  Attributes:
+    shapes: of the shards of the gradients.
+    stacks: of the shards of the weights.
+    fit_words: whether the places in each whole array fit 32 bits.
+  """
+
+  def __init__(self, leaves: Sequence[Any], shardings: list[NamedSharding], has_index: bool):
+    self._shardings, self._wholes = shardings, [leaf.low.shape for leaf in leaves]
+    self.stacks = list(map(_shard_shape, shardings, self._wholes))
+    self.shapes = [shape[1:] if has_index else shape for shape in self.stacks]
+    self.fit_words = all(math.prod(shape) < 1 << 32 for shape in self._wholes)
+    self._specs: list[Any] = []
+    for leaf, sharding in zip(leaves, shardings, strict=True):
+      spec, one = sharding.spec, sharding.spec[1:] if has_index else sharding.spec
+      state = jax.tree.map(lambda _, spec=spec: spec, leaf[1:4])
+      keys = jax.tree.map(lambda _: PartitionSpec(), leaf[4:])
+      self._specs.append(type(leaf)(PartitionSpec(*one), *state, *keys))
+
+  @staticmethod
+  def of(leaves: Sequence[Any], mesh, has_index: bool) -> "Shards | None":
+    """None where a block is cut by a shard's edge, or a stack along its first axis.
+
+    Args:
+      leaves: `fused_update.Leaf`s.
+      mesh: of the leaves (`mesh_of`).
+      has_index: whether they are stacks of which one array is stepped.
+    """
+    shardings = [NamedSharding(mesh, spec_of(leaf.low)) for leaf in leaves]
+    for leaf, sharding in zip(leaves, shardings, strict=True):
+      is_stack_cut = has_index and sharding.spec[0] is not None
+      if is_stack_cut or not _keeps_blocks(sharding, leaf.low.shape):
+        return None
+    return Shards(leaves, shardings, has_index)
+
+  def each(self, program: Callable) -> Callable:
+    """A program of whole arrays that runs the given one on each shard.
+
+    What is sharded otherwise than its weight is moved first.
+    """
+    mesh = self._shardings[0].mesh
+
+    def local(*args):
+      windows = list(map(_window, self._shardings, self._wholes))
+      return program(*args, windows=windows)
+
+    def call(*args):
+      everywhere = jax.tree.map(lambda _: PartitionSpec(), args)
+      specs = (everywhere[0], self._specs, *everywhere[2:])
+      out = [leaf[1:4] for leaf in self._specs]
+      move = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))
+      mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+      return mapped(*jax.tree.map(move, args, specs))
+
+    return call
+
+
+def _shard_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, ...]:
   """The shape of a shard."""
   return tuple(n // _parts(sharding, axes) for n, axes in zip(shape, sharding.spec, strict=True))
 
 
-def keeps_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+def _keeps_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
   """Whether no block or pack of values is cut by a shard's edge (and the mesh is all Explicit)."""
   is_explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
   is_cut = bool(shape) and sharding.spec[-1] is not None
-  return is_explicit and not (is_cut and shard_shape(sharding, shape)[-1] % BLOCK)
+  return is_explicit and not (is_cut and _shard_shape(sharding, shape)[-1] % BLOCK)
 
 
-def window(sharding: NamedSharding, shape: tuple[int, ...]) -> Window:
-  """Which part of an array a shard is, inside `on_shards`."""
-  part = shard_shape(sharding, shape)
+def _window(sharding: NamedSharding, shape: tuple[int, ...]) -> Window:
+  """Which part of an array a shard is, inside `Shards.each`."""
+  part = _shard_shape(sharding, shape)
   start = [
     0 if n == whole else jax.lax.axis_index(axes) * n
     for n, whole, axes in zip(part, shape, sharding.spec, strict=True)
   ]
   return Window(tuple(start), shape)
-
-
-def on_shards(f: Callable, mesh, in_specs: Sequence[Any], out_specs: Any) -> Callable:
-  """A function on each shard alone; arguments that are sharded otherwise are moved first.
-
-  Args:
-    f: a function of shards.
-    mesh: of Explicit axes.
-    in_specs: for each argument, a tree of `PartitionSpec`.
-    out_specs: likewise for the result.
-
-  Returns:
-    A function of whole arrays.
-  """
-  mapped = jax.shard_map(
-    f, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
-  )
-
-  def call(*args):
-    move = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))
-    return mapped(*jax.tree.map(move, args, tuple(in_specs)))
-
-  return call
