@@ -1,0 +1,203 @@
+"""CLIP's two encoders and its loss (arXiv 2103.00020), as functions of their layers."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+MAX_SCALE = 100.0
+
+
+class Encoder(NamedTuple):
+  """Sizes of a transformer."""
+
+  layers: int
+  width: int
+  heads: int
+
+
+class Sizes(NamedTuple):
+  """Sizes of a model."""
+
+  image: Encoder
+  text: Encoder
+  patch: int
+  embedding: int
+  vocabulary: int
+  context: int
+  image_size: int
+
+
+VIT_B_32 = Sizes(Encoder(12, 768, 12), Encoder(12, 512, 8), 32, 512, 49408, 77, 224)
+
+
+class Block(nn.Module):
+  """Attention and MLP, each behind a norm and around a residual."""
+
+  heads: int
+  is_causal: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    width = x_BxTxD.shape[-1]
+    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    norm = lambda x: nn.LayerNorm(dtype=jnp.float32)(x).astype(self.dtype)
+    qkv = dense(3 * width)(norm(x_BxTxD)).reshape(*x_BxTxD.shape[:2], 3, self.heads, -1)
+    attended = jax.nn.dot_product_attention(
+      qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=self.is_causal
+    )
+    x_BxTxD += dense(width)(attended.reshape(x_BxTxD.shape))
+    h = dense(4 * width)(norm(x_BxTxD))
+    return x_BxTxD + dense(width)(h * jax.nn.sigmoid(1.702 * h))
+
+
+class CLIP:
+  """The model as functions of its layers.
+
+  Args:
+    sizes: of both encoders.
+    dtype: in which they compute.
+  """
+
+  def __init__(self, sizes: Sizes, dtype):
+    self.sizes, self.dtype = sizes, dtype
+    self.blocks = {
+      "image": Block(sizes.image.heads, False, dtype),
+      "text": Block(sizes.text.heads, True, dtype),
+    }
+
+  def init(self, key):
+    """Float32 parameters, a top-level entry for each layer."""
+    s = self.sizes
+    keys = iter(jax.random.split(key, s.image.layers + s.text.layers + 8))
+    normal = lambda scale, *shape: scale * jax.random.normal(next(keys), shape)
+    norm = lambda width: {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+    patches = (s.image_size // s.patch) ** 2
+    pixels, wide, narrow = 3 * s.patch**2, s.image.width, s.text.width
+    params = {
+      "image_embed": {
+        "kernel": normal(pixels**-0.5, pixels, wide),
+        "class": normal(wide**-0.5, wide),
+        "positions": normal(wide**-0.5, patches + 1, wide),
+        "norm": norm(wide),
+      },
+      "image_head": {"norm": norm(wide), "kernel": normal(wide**-0.5, wide, s.embedding)},
+      "text_embed": {
+        "tokens": normal(0.02, s.vocabulary, narrow),
+        "positions": normal(0.01, s.context, narrow),
+      },
+      "text_head": {"norm": norm(narrow), "kernel": normal(narrow**-0.5, narrow, s.embedding)},
+      "temperature": {"log_scale": jnp.log(1 / 0.07)},
+    }
+    for name, encoder in (("image", s.image), ("text", s.text)):
+      for i in range(encoder.layers):
+        x = jnp.zeros((1, 1, encoder.width))
+        params[f"{name}_{i}"] = self.blocks[name].init(next(keys), x)["params"]
+    return params
+
+  def _norm(self, weights, x):
+    return nn.LayerNorm(dtype=jnp.float32).apply({"params": weights}, x).astype(self.dtype)
+
+  def _blocks(self, name, layers, x):
+    apply = lambda weights, x: self.blocks[name].apply({"params": weights}, x)
+    for i in range(getattr(self.sizes, name).layers):
+      x = layers[f"{name}_{i}"](apply, x)
+    return x
+
+  def _head(self, weights, x_BxD):
+    """Unit vectors, in float32."""
+    y = self._norm(weights["norm"], x_BxD) @ weights["kernel"].astype(self.dtype)
+    y = y.astype(jnp.float32)
+    return y / jnp.maximum(jnp.linalg.norm(y, axis=-1, keepdims=True), 1e-6)
+
+  def encode_images(self, layers, images_BxHxWxC):
+    """Unit vectors, float32 [batch, embedding], of images between 0 and 1."""
+    batch, size, patch = len(images_BxHxWxC), self.sizes.image_size, self.sizes.patch
+
+    def embed(weights, images):
+      side = size // patch
+      x = images.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
+      x = (2 * x.reshape(batch, side * side, -1) - 1).astype(self.dtype)
+      x = x @ weights["kernel"].astype(self.dtype)
+      first = jnp.broadcast_to(weights["class"], (batch, 1, x.shape[-1])).astype(self.dtype)
+      x = jnp.concatenate([first, x], 1) + weights["positions"].astype(self.dtype)
+      return self._norm(weights["norm"], x)
+
+    x = self._blocks("image", layers, layers["image_embed"](embed, images_BxHxWxC))
+    return layers["image_head"](self._head, x[:, 0])
+
+  def encode_texts(self, layers, tokens_BxT):
+    """Unit vectors, float32 [batch, embedding], of texts that end in the largest token."""
+
+    def embed(weights, tokens):
+      x = weights["tokens"].astype(self.dtype)[tokens]
+      return x + weights["positions"].astype(self.dtype)[: tokens.shape[1]]
+
+    x = self._blocks("text", layers, layers["text_embed"](embed, tokens_BxT))
+    ends = tokens_BxT.argmax(-1)
+    return layers["text_head"](self._head, x[jnp.arange(len(x)), ends])
+
+  def loss(self, layers, images, tokens, mesh=None):
+    """The symmetric contrastive loss of pairs; see `contrastive_loss`."""
+    image_BxE = self.encode_images(layers, images)
+    text_BxE = self.encode_texts(layers, tokens)
+    scale = layers["temperature"](lambda weights: jnp.exp(weights["log_scale"]))
+    return contrastive_loss(image_BxE, text_BxE, scale, mesh)
+
+
+def clip_temperature(params):
+  """Logits are never scaled by more than 100."""
+  log_scale = jnp.minimum(params["temperature"]["log_scale"], np.log(MAX_SCALE))
+  return params | {"temperature": {"log_scale": log_scale}}
+
+
+def contrastive_loss(image_BxE, text_BxE, scale, mesh=None):
+  """Which text belongs to which image, and which image to which text: mean cross-entropy.
+
+  Args:
+    image_BxE: unit vectors [batch, embedding].
+    text_BxE: the same of texts; those of one row belong together.
+    scale: of the similarities.
+    mesh: devices along "data", each of which computes the similarities of its
+      own rows with all; None computes the whole matrix in one place.
+
+  Returns:
+    The loss, a float32 scalar.
+  """
+  if mesh is None:
+    logits = scale * image_BxE @ text_BxE.T
+    labels = jnp.arange(len(logits))
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)).mean() / 2
+
+  def of_rows(image_RxE, text_RxE, scale):
+    rows = len(image_RxE)
+    labels = jax.lax.axis_index("data") * rows + jnp.arange(rows)
+    total = 0.0
+    for mine, theirs in ((image_RxE, text_RxE), (text_RxE, image_RxE)):
+      all_BxE = jax.lax.all_gather(theirs, "data", tiled=True)
+      logits_RxB = scale * mine @ all_BxE.T
+      total += optax.softmax_cross_entropy_with_integer_labels(logits_RxB, labels).mean() / 2
+    return jax.lax.pmean(total, "data")
+
+  P = jax.sharding.PartitionSpec
+  specs = (P("data"), P("data"), P())
+  return jax.shard_map(of_rows, mesh=mesh, in_specs=specs, out_specs=P())(
+    image_BxE, text_BxE, scale
+  )
+
+
+def recalls(image_NxE, text_NxE) -> dict[str, float]:
+  """How often an image's own text is among the 1, 5 and 10 nearest."""
+  similarities = np.asarray(image_NxE) @ np.asarray(text_NxE).T
+  own = np.diag(similarities)[:, None]
+  ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) - 1) / 2
+  return {f"R@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
+
+

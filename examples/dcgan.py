@@ -1,0 +1,179 @@
+"""DCGAN on Fashion-MNIST: a generator and a discriminator, trained against each other.
+
+The networks of arXiv 1511.06434, as trained in 2309.12381 and 1710.03740; both take a step at
+once, with one optimizer. Figure: the Fréchet distance between generated images and test images,
+each a normal distribution of the 64 largest principal components of the training images.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from examples import data, training
+
+NOISE, COMPONENTS = 64, 64
+
+
+class Up(nn.Module):
+  """A step of the generator: twice as large; from a vector, 4x4."""
+
+  width: int
+  dtype: jnp.dtype
+  is_last: bool = False
+
+  @nn.compact
+  def __call__(self, x, is_training: bool):
+    if x.ndim == 2:
+      x = nn.Dense(16 * self.width, use_bias=False, dtype=self.dtype)(x)
+      x = x.reshape(len(x), 4, 4, self.width)
+    else:
+      conv = nn.ConvTranspose(
+        self.width, (4, 4), (2, 2), use_bias=self.is_last, dtype=self.dtype
+      )  # fmt: skip
+      x = conv(x)
+    if self.is_last:
+      return jnp.tanh(x)
+    return nn.relu(nn.BatchNorm(not is_training, 0.9, dtype=self.dtype)(x))
+
+
+class Down(nn.Module):
+  """A step of the discriminator: half as large; the last gives a logit."""
+
+  width: int
+  dtype: jnp.dtype
+  has_norm: bool = True
+  is_last: bool = False
+
+  @nn.compact
+  def __call__(self, x, is_training: bool):
+    if self.is_last:
+      return nn.Dense(1, dtype=self.dtype)(x.reshape(len(x), -1))[:, 0]
+    x = nn.Conv(self.width, (4, 4), 2, use_bias=not self.has_norm, dtype=self.dtype)(x)
+    if self.has_norm:
+      x = nn.BatchNorm(not is_training, 0.9, dtype=self.dtype)(x)
+    return nn.leaky_relu(x, 0.2)
+
+
+class DCGAN:
+  """Both networks as functions of their layers; batch statistics are kept by layer.
+
+  Args:
+    width: of the layer at the images' size / 2.
+    size: of the images, 8 times a power of two.
+    channels: of the images.
+    dtype: in which they compute.
+  """
+
+  def __init__(self, width: int, size: int, channels: int, dtype):
+    steps = size.bit_length() - 3  # from 4x4 to the image
+    self.dtype = dtype
+    widths = [width * 2**i for i in range(steps)]
+    self.generator = {f"up_{i}": Up(w, dtype) for i, w in enumerate(reversed(widths))}
+    self.generator[f"up_{steps}"] = Up(channels, dtype, is_last=True)
+    self.discriminator = {f"down_{i}": Down(w, dtype, i > 0) for i, w in enumerate(widths)}
+    self.discriminator[f"down_{steps}"] = Down(1, dtype, is_last=True)
+
+  def init(self, key):
+    """Float32 parameters and batch statistics, an entry for each layer."""
+    params, kept, x = {}, {}, jnp.zeros((1, NOISE))
+    for i, (name, block) in enumerate((self.generator | self.discriminator).items()):
+      x, variables = block.init_with_output(jax.random.fold_in(key, i), x, False)
+      params[name], kept[name] = variables["params"], variables.get("batch_stats", {})
+    return params, kept
+
+  def run(self, network, layers, kept, x, is_training=True, is_fixed=False):
+    """A network's result and its new statistics; fixed weights get no gradient."""
+
+    def call(block, weights, stats, x):
+      if is_fixed:
+        weights = jax.lax.stop_gradient(weights)
+      variables = {"params": weights, "batch_stats": stats}
+      if not is_training:
+        return block.apply(variables, x, False), stats
+      x, state = block.apply(variables, x, True, mutable="batch_stats")
+      return x, state.get("batch_stats", {})
+
+    x, new = x.astype(self.dtype), {}
+    for name, block in network.items():
+      x, new[name] = layers[name](functools.partial(call, block), kept[name], x)
+    return x, new
+
+  def loss(self, layers, kept, images, noise):
+    """The sum of both losses, each of which moves its own network; and new statistics."""
+    fakes, of_generator = self.run(self.generator, layers, kept, noise)
+    judge = functools.partial(self.run, self.discriminator, layers, kept)
+    reals_B, of_discriminator = judge(images)
+    fakes_B, _ = judge(jax.lax.stop_gradient(fakes))
+    fooled_B, _ = judge(fakes, is_fixed=True)
+    cross_entropy = lambda logits, label: optax.sigmoid_binary_cross_entropy(
+      logits.astype(jnp.float32), label
+    ).mean()
+    loss = cross_entropy(reals_B, 1.0) + cross_entropy(fakes_B, 0.0) + cross_entropy(fooled_B, 1.0)
+    return loss, of_generator | of_discriminator
+
+
+def frechet_distance(a_NxF, b_NxF) -> float:
+  """Between the normal distributions with the means and covariances of two sets of features."""
+  covariances = [np.cov(x, rowvar=False) for x in (a_NxF, b_NxF)]
+  values, vectors = np.linalg.eigh(covariances[0])
+  root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+  both = np.linalg.eigvalsh(root @ covariances[1] @ root)
+  traces = sum(np.trace(c) for c in covariances) - 2 * np.sqrt(np.maximum(both, 0)).sum()
+  return float(((a_NxF.mean(0) - b_NxF.mean(0)) ** 2).sum() + traces)
+
+
+def make_task(args, dtype) -> training.Task:
+  """The task: images of clothes, padded to 32 pixels, between -1 and 1."""
+  train, test = data.fashion_mnist()
+  model = DCGAN(args.width, 32, 1, dtype)
+
+  def scaled(images):
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return (images.astype(np.float32) / 127.5 - 1)[..., None]
+
+  def batches(rng):
+    while True:
+      images = scaled(train.images[rng.integers(0, len(train.images), args.batch)])
+      yield images, rng.standard_normal((args.batch, NOISE), np.float32)
+
+  flat = scaled(train.images[:10_000]).reshape(10_000, -1)
+  center = flat.mean(0)
+  axes = np.linalg.eigh(np.cov(flat, rowvar=False))[1][:, -COMPONENTS:]
+  features = lambda images: (np.asarray(images, np.float32).reshape(len(images), -1) - center) @ axes
+  tests = features(scaled(test.images))
+  noise = np.random.default_rng(0).standard_normal((4, 500, NOISE), np.float32)
+
+  @jax.jit
+  def generate(params, kept, noise):
+    layers = training.all_layers(params)
+    return model.run(model.generator, layers, kept, noise, is_training=False)[0]
+
+  def evaluate(params, kept):
+    images = np.concatenate([generate(params, kept, z) for z in noise])
+    return {"Fréchet distance": frechet_distance(features(images), tests)}
+
+  return training.Task(model.init, model.loss, batches, evaluate)
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  parser = training.make_parser(
+    "dcgan",
+    __doc__,
+    {"steps": 30, "width": 8},
+    steps=600,
+    batch=64,
+    learning_rate=1e-3,
+    clip_norm=None,
+    optimizer="adam",
+  )
+  parser.add_argument("--width", type=training.positive(int), default=16, help="(%(default)s)")
+  training.main("dcgan", make_task, training.parse(parser, argv))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,299 @@
+"""What the examples share: their options, formats, training step and loop.
+
+An example makes a `Task` of its model and data; `main` trains it in each of
+--format, one after the other, with the same weights and batches.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import functools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+
+from examples import report
+import optax_lowmem as lowmem
+
+FORMATS_HELP = """a format, or several with commas, each WEIGHTS or WEIGHTS/STATISTICS:
+fp32 (Optax, float32); master-bf16, master-fp16 (Optax, float32 weights, the model computes in
+half precision); bf16, fp16 (Optax, half-precision weights: what people do naively); or a format
+of this library, bf16+8, perhaps with its roundings, bf16+4:truncate or bf16+4:nearest:stochastic
+(the second is of the half-precision part). STATISTICS: int8, bf16, fp16 or fp32 (int8)"""
+HALF = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
+# Optax's, ours, what both are given, and our names of the statistics.
+OPTIMIZERS: dict[str, tuple[Callable, Callable, dict, tuple[str, ...]]] = {
+  "adam": (optax.adam, lowmem.adam, {}, ("mu", "nu")),
+  "adamw": (optax.adamw, lowmem.adamw, {"weight_decay": 0.01}, ("mu", "nu")),
+  "lion": (optax.lion, lowmem.lion, {"weight_decay": 0.1}, ("mu",)),
+  "sgd": (optax.sgd, lowmem.sgd, {"momentum": 0.9}, ("accumulator",)),
+}
+
+
+class Task(NamedTuple):
+  """A model and its data.
+
+  Attributes:
+    init: key -> (float32 params, what is kept beside them, {} where nothing is).
+    loss_fn: (layers, kept, *batch) -> (loss, kept): as `lowmem.fused_backward`
+      takes it, `layers[name](fn, *args)` being `fn(params[name], *args)`.
+    batches: a numpy generator -> an endless iterator of batches.
+    evaluate: (params, kept) -> held-out figures by name, the first in tables.
+  """
+
+  init: Callable[[jax.Array], tuple[Any, Any]]
+  loss_fn: Callable[..., tuple[jax.Array, Any]]
+  batches: Callable[[np.random.Generator], Iterator[tuple]]
+  evaluate: Callable[[Any, Any], dict[str, float]]
+
+
+class Format(NamedTuple):
+  """How weights and statistics are stored.
+
+  Attributes:
+    name: as it was given.
+    weights: a format of this library; None for Optax's.
+    statistics: of our optimizers.
+    stored: the dtype of Optax's weights.
+    dtype: in which the model computes.
+  """
+
+  name: str
+  weights: lowmem.DeltaFormat | None
+  statistics: str
+  stored: Any
+  dtype: Any
+
+  @property
+  def loss_scale(self) -> bool:
+    """Whether gradients may leave the range of their dtype."""
+    return self.dtype == jnp.float16
+
+
+def parse_format(text: str) -> Format:
+  """Reads one of --format; raises ValueError with what is accepted."""
+  weights, slash, statistics = text.partition("/")
+  if slash and statistics not in ("int8", "bf16", "fp16", "fp32"):
+    raise ValueError(f"format {text!r}: statistics are int8, bf16, fp16 or fp32")
+  if weights == "fp32" or weights in HALF or weights.removeprefix("master-") in HALF:
+    if slash:
+      raise ValueError(f"format {text!r}: statistics are chosen for formats such as bf16+8")
+    dtype = HALF.get(weights.removeprefix("master-"), jnp.float32)
+    stored = dtype if weights in HALF else jnp.float32
+    return Format(text, None, "fp32", stored, dtype)
+  bits, *roundings = weights.split(":")
+  fmt = lowmem.DeltaFormat.parse(bits)
+  if len(roundings) > 2:
+    raise ValueError(f"format {text!r}: rounding and low_rounding follow the bits, and no more")
+  names = ("rounding", "low_rounding")[: len(roundings)]
+  fmt = lowmem.DeltaFormat(
+    fmt.dtype, fmt.extra_bits, **dict(zip(names, roundings, strict=True))
+  )
+  return Format(text, fmt, statistics or "int8", fmt.dtype, fmt.dtype)
+
+
+def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
+  """The optimizer of a run, from the options.
+
+  Args:
+    fmt: of weights and statistics.
+    args: the options: optimizer, learning_rate, steps, clip_norm, release.
+    seed: of stochastic rounding.
+    weights: formats by leaf in the place of `fmt.weights` for every leaf that
+      is not a vector or a scalar (those stay in float32).
+
+  Returns:
+    The transformation, with the loss scale where there is one.
+  """
+  theirs, ours, options, statistics = OPTIMIZERS[args.optimizer]
+  warmup = min(max(args.steps // 20, 1), args.steps - 1)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
+  if "weight_decay" in options:
+    options = options | {"mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)}
+  if fmt.weights is None:
+    tx = theirs(schedule, **options)
+  else:
+    formats = weights or (lambda path, leaf: fmt.weights if leaf.ndim > 1 else "fp32")
+    stored = dict.fromkeys(statistics, fmt.statistics)
+    tx = ours(schedule, **options, **stored, weights=formats, key=seed)
+  if args.clip_norm and not args.release:  # fused_backward clips by itself
+    tx = optax.chain(optax.clip_by_global_norm(args.clip_norm), tx)
+  return lowmem.dynamic_loss_scale(tx) if fmt.loss_scale else tx
+
+
+def init(fmt: Format, tx, params):
+  """Weights in their format and the optimizer's state, from float32 weights."""
+  if fmt.weights is not None:
+    return lowmem.init(tx, params)
+  params = jax.tree.map(lambda x: x.astype(fmt.stored), params)
+  return params, tx.init(params)
+
+
+def all_layers(params):
+  """The layers that a loss function calls, all of whose weights are differentiated at once."""
+  return {name: lambda fn, *args, w=w: fn(w, *args) for name, w in params.items()}
+
+
+def make_step(task: Task, tx, args):
+  """(params, opt_state, kept, *batch) -> ((loss, kept), params, opt_state)."""
+  if args.release:
+    return lowmem.fused_backward(task.loss_fn, tx, has_aux=True, clip_norm=args.clip_norm)
+
+  def step(params, opt_state, kept, *batch):
+    def scaled_loss(params):
+      loss, kept_next = task.loss_fn(all_layers(params), kept, *batch)
+      return lowmem.scale_loss(loss, opt_state), (loss, kept_next)
+
+    grads, loss_and_kept = jax.grad(scaled_loss, has_aux=True)(params)
+    return loss_and_kept, *lowmem.step(tx, grads, opt_state, params)
+
+  return step
+
+
+def train(make_task: Callable[..., Task], fmt: Format, args, seeds, show=True) -> list[dict]:
+  """Trains a format once for each seed, with one compiled step.
+
+  Args:
+    make_task: (options, dtype) -> the task.
+    fmt: of weights and statistics.
+    args: the options.
+    seeds: of weights, batches and rounding.
+    show: whether to draw a progress bar.
+
+  Returns:
+    A result for each seed: held-out figures, losses, bytes.
+  """
+  task = make_task(args, fmt.dtype)
+  tx = make_optimizer(fmt, args)
+  compiled = None
+  results = []
+  for seed in seeds:
+    rng = np.random.default_rng(seed)
+    batches = task.batches(rng)
+    params, kept = jax.jit(task.init)(jax.random.key(seed))
+    params, opt_state = init(fmt, make_optimizer(fmt, args, seed), params)
+    batch = next(batches)
+    if compiled is None:
+      step = jax.jit(make_step(task, tx, args), donate_argnums=(0, 1, 2))
+      compiled = step.lower(params, opt_state, kept, *batch).compile()
+    losses, seconds, evaluations = [], [], []
+    progress = tqdm.tqdm(range(args.steps), fmt.name, unit="step", disable=not show)
+    for i in progress:
+      start = time.perf_counter()
+      (loss, kept), params, opt_state = compiled(params, opt_state, kept, *batch)
+      losses.append(float(loss))
+      seconds.append(time.perf_counter() - start)
+      batch = next(batches)
+      if (i + 1) % max(args.steps // 5, 1) == 0 and i + 1 < args.steps and show:
+        evaluations.append((i + 1, task.evaluate(params, kept)))
+        progress.set_postfix(loss=f"{loss:.3f}", **_rounded(evaluations[-1][1]))
+    evaluations.append((args.steps, task.evaluate(params, kept)))
+    table = lowmem.memory_table(params, opt_state, () if args.release else params)
+    results.append(
+      {
+        "format": fmt.name,
+        "optimizer": args.optimizer,
+        "release": args.release,
+        "seed": seed,
+        "steps": args.steps,
+        **evaluations[-1][1],
+        "final training loss": float(np.mean(losses[-max(args.steps // 20, 1) :])),
+        "skipped": sum(int(s.skipped) for s in _loss_scales(opt_state)),
+        "bytes_per_param": table.bytes_per_param,
+        "num_params": table.num_params,
+        "peak_bytes": report.peak_bytes(compiled),
+        "seconds_per_step": float(np.median(seconds)),
+        "losses": losses,
+        "evaluations": evaluations,
+      }
+    )
+  return results
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, str]:
+  return {name: f"{value:.4f}" for name, value in figures.items()}
+
+
+def _loss_scales(opt_state) -> list[lowmem.LossScaleState]:
+  is_scale = lambda x: isinstance(x, lowmem.LossScaleState)
+  return [s for s in jax.tree.leaves(opt_state, is_leaf=is_scale) if is_scale(s)]
+
+
+def make_parser(name: str, doc: str, quick: dict[str, Any], **defaults) -> argparse.ArgumentParser:
+  """The options that every example has.
+
+  Args:
+    name: of the example's module.
+    doc: what --help says.
+    quick: the options that --quick sets, where they are not given.
+    **defaults: of the shared options: steps, batch, learning_rate, ...
+
+  Returns:
+    A parser; an example adds its model's options.
+  """
+  parser = argparse.ArgumentParser(
+    f"python -m examples.{name}",
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--format", default="fp32,bf16,bf16+8/int8", help=FORMATS_HELP + "; %(default)s")
+  add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
+  add("--release", action="store_true", help="apply the optimizer in the backward pass")
+  add("--seed", type=int, default=0, help="of weights, batches and rounding")
+  add("--steps", type=positive(int), help="training steps (%(default)s)")
+  add("--batch", type=positive(int), help="examples a step (%(default)s)")
+  add("--learning-rate", type=positive(float), help="its peak (%(default)s)")
+  add("--clip-norm", type=positive(float), help="of the whole gradient (%(default)s)")
+  add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (%(default)s)")
+  short = ", ".join(f"--{option.replace('_', '-')} {value}" for option, value in quick.items())
+  add("--quick", action="store_true", help=f"a minute's run: {short}")
+  parser.set_defaults(**defaults, quick_options=quick)
+  return parser
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+  """A type of options: a number above zero."""
+
+  def read(text):
+    value = kind(text)
+    if not value > 0:
+      raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+  return functools.wraps(kind, assigned=("__name__",), updated=())(read)
+
+
+def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+  """Reads the command line; exits with an error that says what is wrong."""
+  args = parser.parse_args(argv)
+  if args.quick:
+    parser.set_defaults(**args.quick_options)
+    args = parser.parse_args(argv)
+  try:
+    args.formats = [parse_format(text.strip()) for text in args.format.split(",")]
+  except ValueError as error:
+    parser.error(f"--format: {error}")
+  if args.steps < 2:
+    parser.error(f"--steps is at least 2; got {args.steps}")
+  if args.release and any(fmt.weights is None for fmt in args.formats):
+    parser.error("--release needs formats of this library: --format bf16+8/int8")
+  return args
+
+
+def main(name: str, make_task: Callable[..., Task], args):
+  """Trains every format, prints the table, saves the figure and the results."""
+  print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
+  results = [r for fmt in args.formats for r in train(make_task, fmt, args, [args.seed])]
+  args.out.mkdir(parents=True, exist_ok=True)
+  metric = next(iter(results[0]["evaluations"][-1][1]))
+  print("\n" + report.table(results, metric))
+  (args.out / f"{name}.json").write_text(json.dumps(results))
+  report.figure(results, metric, args.out / f"{name}.png")
+  print(f"\nsaved {args.out / name}.png and {args.out / name}.json")
