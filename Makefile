@@ -32,8 +32,8 @@ test-distributed: .venv/test.stamp  ## two and four processes against one
 conformance: .venv/test.stamp  ## the suites that Optax ships, and Flax's behaviours, on every wrapper of ours; writes docs/conformance.md
 	$(BIN)/python $(PYTEST) tests/conformance $(if $(EVERY),--every $(EVERY),--table docs/conformance.md)
 
-test-oldest: .venv-oldest/test.stamp  ## the tests with the oldest supported JAX
-	REQUIRE_H100=1 .venv-oldest/bin/python $(PYTEST) --deselect tests/test_arithmetic.py::test_fp16_13_is_exact_in_the_normal_range \
+test-oldest: .venv-oldest/test.stamp  ## the tests with the oldest supported JAX; every n-th of them: EVERY=n
+	REQUIRE_H100=1 .venv-oldest/bin/python $(PYTEST) $(if $(EVERY),--every $(EVERY)) --deselect tests/test_arithmetic.py::test_fp16_13_is_exact_in_the_normal_range \
 	  --deselect tests/test_state_formats.py::test_idle_weights \
 	  --deselect tests/test_release.py::test_law_15_formats \
 	  --deselect tests/test_release.py::test_law_15_interpreted_kernels \

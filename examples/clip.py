@@ -14,7 +14,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -103,7 +102,8 @@ def ridge(concepts: Concepts, penalty: float = 10.0) -> dict[str, float]:
 
   x, y = pixels("google", concepts.learnt), texts[concepts.learnt]
   weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
-  return figures(lambda style, rows: pixels(style, rows) @ weights, lambda rows: texts[rows], concepts)
+  said = lambda style, rows: pixels(style, rows) @ weights
+  return figures(said, lambda rows: texts[rows], concepts)
 
 
 def figures(of_images, of_texts, concepts: Concepts) -> dict[str, float]:
@@ -128,7 +128,8 @@ def make_task(args, dtype) -> training.Task:
   model = clip_model.CLIP(sizes, dtype)
   mesh = None
   if args.shard_similarities and len(jax.devices()) > 1:
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(auto,))
 
   def loss_fn(layers, kept, images, tokens):
     return model.loss(layers, images, tokens, mesh), kept
@@ -179,8 +180,8 @@ def make_optimizer(fmt: training.Format, args, seed: int = 0):
   return optax.partition(parts, functools.partial(jax.tree_util.tree_map_with_path, label))
 
 
-def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+def make_parser():
+  """The options."""
   parser = training.make_parser(
     "clip",
     __doc__,
@@ -199,7 +200,12 @@ def main(argv=None):
   for name in ("checkpointing", "shard-similarities"):
     add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
   add("--text-format", default="bf16+0", help='of the text encoder\'s weights; "" as elsewhere')
-  args = training.parse(parser, argv)
+  return parser
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  args = training.parse(make_parser(), argv)
   print("ridge regression:", {k: round(v, 3) for k, v in ridge(Concepts()).items()})
   training.main("clip", make_task, args, make_optimizer)
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-
 MAX_SCALE = 100.0
 
 
@@ -199,5 +198,3 @@ def recalls(image_NxE, text_NxE) -> dict[str, float]:
   own = np.diag(similarities)[:, None]
   ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) - 1) / 2
   return {f"R@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
-
-

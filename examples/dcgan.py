@@ -37,7 +37,7 @@ class Up(nn.Module):
       x = conv(x)
     if self.is_last:
       return jnp.tanh(x)
-    return nn.relu(nn.BatchNorm(not is_training, 0.9, dtype=self.dtype)(x))
+    return nn.relu(nn.BatchNorm(not is_training, momentum=0.9, dtype=self.dtype)(x))
 
 
 class Down(nn.Module):
@@ -54,7 +54,7 @@ class Down(nn.Module):
       return nn.Dense(1, dtype=self.dtype)(x.reshape(len(x), -1))[:, 0]
     x = nn.Conv(self.width, (4, 4), 2, use_bias=not self.has_norm, dtype=self.dtype)(x)
     if self.has_norm:
-      x = nn.BatchNorm(not is_training, 0.9, dtype=self.dtype)(x)
+      x = nn.BatchNorm(not is_training, momentum=0.9, dtype=self.dtype)(x)
     return nn.leaky_relu(x, 0.2)
 
 
@@ -143,7 +143,10 @@ def make_task(args, dtype) -> training.Task:
   flat = scaled(train.images[:10_000]).reshape(10_000, -1)
   center = flat.mean(0)
   axes = np.linalg.eigh(np.cov(flat, rowvar=False))[1][:, -COMPONENTS:]
-  features = lambda images: (np.asarray(images, np.float32).reshape(len(images), -1) - center) @ axes
+
+  def features(images):
+    return (np.asarray(images, np.float32).reshape(len(images), -1) - center) @ axes
+
   tests = features(scaled(test.images))
   noise = np.random.default_rng(0).standard_normal((4, 500, NOISE), np.float32)
 
@@ -159,8 +162,8 @@ def make_task(args, dtype) -> training.Task:
   return training.Task(model.init, model.loss, batches, evaluate)
 
 
-def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+def make_parser():
+  """The options."""
   parser = training.make_parser(
     "dcgan",
     __doc__,
@@ -172,7 +175,12 @@ def main(argv=None):
     optimizer="adam",
   )
   parser.add_argument("--width", type=training.positive(int), default=16, help="(%(default)s)")
-  training.main("dcgan", make_task, training.parse(parser, argv))
+  return parser
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  training.main("dcgan", make_task, training.parse(make_parser(), argv))
 
 
 if __name__ == "__main__":

@@ -89,14 +89,19 @@ def area_under_curve(scores_N, labels_N) -> float:
   return float((ranks[positives].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+def make_parser():
+  """The options."""
   parser = training.make_parser(
     "dlrm", __doc__, {"steps": 150}, steps=1500, batch=256, learning_rate=2e-3, clip_norm=None
   )
   parser.add_argument("--width", type=training.positive(int), default=16, help="(%(default)s)")
   parser.set_defaults(top=(128, 64))
-  training.main("dlrm", make_task, training.parse(parser, argv))
+  return parser
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  training.main("dlrm", make_task, training.parse(make_parser(), argv))
 
 
 if __name__ == "__main__":

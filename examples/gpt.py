@@ -54,13 +54,17 @@ class GPT(nn.Module):
     return logits.astype(jnp.float32)
 
 
-def loss_fn(model: GPT, params, windows_BxT1) -> jax.Array:
-  """Mean cross-entropy of the next character, in nats, float32."""
-  return _cross_entropy(model.apply({"params": params}, windows_BxT1[:, :-1]), windows_BxT1)
+def loss_fn(model: GPT, layers, windows_BxT1) -> jax.Array:
+  """Mean cross-entropy of the next character, in nats, float32.
 
+  Args:
+    model: whose layers they are.
+    layers: what `lowmem.fused_backward` gives, or `training.all_layers(params)`.
+    windows_BxT1: characters, int [batch, time + 1].
 
-def layered_loss_fn(model: GPT, layers, windows_BxT1) -> jax.Array:
-  """`loss_fn`, calling one layer after the other: for `lowmem.fused_backward`."""
+  Returns:
+    The loss.
+  """
 
   def call(name, module, *args):
     return layers[name](lambda w, *args: module.apply({"params": w}, *args), *args)
@@ -73,9 +77,7 @@ def layered_loss_fn(model: GPT, layers, windows_BxT1) -> jax.Array:
     x_BxTxD = call(f"block_{i}", Block(model.heads, dtype), x_BxTxD)
   x_BxTxD = call("norm", nn.LayerNorm(use_bias=False, dtype=jnp.float32), x_BxTxD)
   logits = call("head", nn.Dense(model.vocabulary, use_bias=False, dtype=dtype), x_BxTxD)
-  return _cross_entropy(logits.astype(jnp.float32), windows_BxT1)
-
-
-def _cross_entropy(logits, windows_BxT1):
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows_BxT1[:, 1:])
+  losses = optax.softmax_cross_entropy_with_integer_labels(
+    logits.astype(jnp.float32), windows_BxT1[:, 1:]
+  )
   return losses.mean()

@@ -51,8 +51,8 @@ def make_task(args, dtype) -> training.Task:
   return training.Task(init, loss_fn, batches, evaluate)
 
 
-def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+def make_parser():
+  """The options."""
   quick = {"steps": 60, "width": 64}
   parser = training.make_parser(
     "lstm", __doc__, quick, steps=1000, batch=32, learning_rate=3e-3, clip_norm=1.0
@@ -61,7 +61,12 @@ def main(argv=None):
   add("--width", type=training.positive(int), default=192, help="(%(default)s)")
   add("--layers", type=training.positive(int), default=2, help="(%(default)s)")
   add("--context", type=training.positive(int), default=48, help="characters (%(default)s)")
-  training.main("lstm", make_task, training.parse(parser, argv))
+  return parser
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  training.main("lstm", make_task, training.parse(make_parser(), argv))
 
 
 if __name__ == "__main__":

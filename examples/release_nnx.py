@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples import plays, report
+from examples import data, report
 import optax_lowmem as lowmem
 
 CONTEXT, WIDTH, LAYERS, BATCH = 16, 256, 4, 64
@@ -101,9 +101,10 @@ def train(is_released: bool, args, training, held_out, vocabulary: int) -> dict:
     return cross_entropy(lambda name, *args: model[name](*args), test, jax.random.key(0))
 
   rng = np.random.default_rng(args.seed)
-  test = plays.windows(held_out, 1024, CONTEXT)
+  test = data.even_windows(held_out, 1024, CONTEXT)
   batches = [
-    (plays.sample(training, rng, BATCH, CONTEXT), jax.random.key(i)) for i in range(args.steps)
+    (data.sample_windows(training, rng, BATCH, CONTEXT), jax.random.key(i))
+    for i in range(args.steps)
   ]
   before = evaluate(params, stats)
   lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, stats, *batches[0])
@@ -132,7 +133,7 @@ def main(argv=None):
   args = parser.parse_args(argv)
   if args.steps < 1:
     parser.error(f"--steps is at least 1; got {args.steps}")
-  training, held_out, alphabet = plays.load()
+  training, held_out, alphabet = data.plays()
   rows = [train(way, args, training, held_out, len(alphabet)) for way in (False, True)]
   for row in [list(rows[0]), *(row.values() for row in rows)]:
     print("  ".join(f"{x:>{max(len(name), 11)}}" for x, name in zip(row, rows[0], strict=True)))

@@ -18,47 +18,55 @@ def peak_bytes(compiled) -> int:
   return stats.argument_size_in_bytes + stats.temp_size_in_bytes + new_outputs
 
 
+def label(result: dict) -> str:
+  """A run's name: its format, and whether gradients were released."""
+  return result["format"] + (", release" if result["release"] else "")
+
+
 def table(results: list[dict]) -> str:
-  """One row a run: loss, bytes a parameter by part, peak, speed, skipped steps."""
-  head = ["format", "held-out loss", *PARTS, "total", "peak MB", "steps/s", "skipped"]
-  rows = [head]
+  """One row a run: held-out figures, bytes a parameter by part, peak, time, skipped steps."""
+  metrics = list(results[0]["figures"])
+  rows = [["format", *metrics, *PARTS, "total", "peak MB", "ms/step", "skipped"]]
   for r in results:
     per = r["bytes_per_param"]
     rows.append(
       [
-        r["format"],
-        f"{r['held_out']:.4f}",
-        *(f"{per[part]:.2f}" for part in PARTS),
-        f"{per['total']:.2f}",
+        label(r),
+        *(f"{r['figures'][metric]:.4f}" for metric in metrics),
+        *(f"{per.get(part, 0):.2f}" for part in (*PARTS, "total")),
         f"{r['peak_bytes'] / 1e6:.1f}",
-        f"{r['steps_per_second']:.1f}",
+        f"{1e3 * r['seconds_per_step']:.1f}",
         str(r["skipped"]),
       ]
     )
-  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)) for row in rows]
   note = f"bytes a parameter; {results[0]['num_params']:,} parameters"
   return "\n".join([*lines, note])
 
 
 def figure(results: list[dict], path: pathlib.Path):
-  """Saves the loss curves and the memory bars as a PNG."""
+  """Saves the loss curves, the first held-out figure and the memory bars as a PNG."""
   fig, (curves, late, bars) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+  metric = next(iter(results[0]["figures"]))
+  second_half = []
   for r in results:
     window = max(len(r["losses"]) // 40, 1)
     smooth = np.convolve(r["losses"], np.ones(window) / window, mode="valid")
-    (line,) = curves.plot(np.arange(len(smooth)) + window, smooth, label=r["format"], lw=1)
-    late.plot(*zip(*r["evals"], strict=True), marker="o", ms=3, lw=1, color=line.get_color())
-  curves.set(xlabel="step", ylabel="training loss (nats a character)", title="Training")
+    (line,) = curves.plot(np.arange(len(smooth)) + window, smooth, label=label(r), lw=1)
+    points = [(step, figures[metric]) for step, figures in r["evaluations"]]
+    late.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1, color=line.get_color())
+    second_half += [value for step, value in points if step >= points[-1][0] / 2]
+  curves.set(xlabel="step", ylabel="training loss", title="Training")
   curves.legend()
-  half = [loss for r in results for step, loss in r["evals"] if step >= r["evals"][-1][0] / 2]
-  late.set(xlabel="step", ylabel="held-out loss", title="Held-out plays, second half")
-  late.set_xlim(left=results[0]["evals"][-1][0] / 2)
-  late.set_ylim(min(half) - 0.02, max(half) + 0.02)
-  names = [r["format"].replace(", ", "\n") for r in results]
+  late.set(xlabel="step", ylabel=metric, title=f"{metric}, second half")
+  late.set_xlim(left=results[0]["evaluations"][-1][0] / 2)
+  room = 0.2 * (max(second_half) - min(second_half)) or 0.01
+  late.set_ylim(min(second_half) - room, max(second_half) + room)
+  names = [label(r).replace("/", "\n").replace(", ", "\n") for r in results]
   bottom = np.zeros(len(results))
   for part in PARTS:
-    height = np.array([r["bytes_per_param"][part] for r in results])
+    height = np.array([r["bytes_per_param"].get(part, 0) for r in results])
     bars.bar(names, height, bottom=bottom, label=part)
     bottom += height
   bars.set(ylabel="bytes a parameter", title="Memory")

@@ -28,7 +28,7 @@ class Stem(nn.Module):
     is_small = x_BxHxWxC.shape[1] < 64
     size, stride = ((3, 3), 1) if is_small else ((7, 7), 2)
     x = nn.Conv(self.width, size, stride, use_bias=False, dtype=self.dtype)(x_BxHxWxC)
-    x = nn.relu(nn.BatchNorm(not is_training, 0.9, dtype=self.dtype)(x))
+    x = nn.relu(nn.BatchNorm(not is_training, momentum=0.9, dtype=self.dtype)(x))
     return x if is_small else nn.max_pool(x, (3, 3), (2, 2), "SAME")
 
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x_BxHxWxC, is_training: bool):
     conv = functools.partial(nn.Conv, self.width, use_bias=False, dtype=self.dtype)
-    norm = functools.partial(nn.BatchNorm, not is_training, 0.9, dtype=self.dtype)
+    norm = functools.partial(nn.BatchNorm, not is_training, momentum=0.9, dtype=self.dtype)
     h = nn.relu(norm()(conv((3, 3), self.stride)(x_BxHxWxC)))
     h = norm(scale_init=nn.initializers.zeros)(conv((3, 3))(h))
     if x_BxHxWxC.shape != h.shape:
@@ -90,7 +90,9 @@ class ResNet18:
 
     for name, block in self.blocks.items():
       x, new[name] = layers[name](functools.partial(run, block), kept[name], x)
-    x = layers["head"](lambda w, x: self.head.apply({"params": w}, x.mean((1, 2))), x)
+    # Not x.mean((1, 2)), of which XLA:CPU (jaxlib 0.12.0.1) makes NaN here in bfloat16.
+    pooled = lambda x: nn.avg_pool(x, x.shape[1:3])[:, 0, 0]
+    x = layers["head"](lambda w, x: self.head.apply({"params": w}, pooled(x)), x)
     return x.astype(jnp.float32), new
 
   def loss(self, layers, kept, images, labels):
@@ -127,8 +129,8 @@ def make_task(args, dtype) -> training.Task:
   return training.Task(lambda key: model.init(key, (28, 28, 1)), model.loss, batches, evaluate)
 
 
-def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+def make_parser():
+  """The options."""
   parser = training.make_parser(
     "resnet18",
     __doc__,
@@ -140,7 +142,12 @@ def main(argv=None):
     test_images=2000,
   )
   parser.add_argument("--width", type=training.positive(int), default=16, help="(%(default)s)")
-  training.main("resnet18", make_task, training.parse(parser, argv))
+  return parser
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  training.main("resnet18", make_task, training.parse(make_parser(), argv))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 def bucket(length: int, is_causal: bool):
-  """T5's buckets of relative positions, int32 [length, length]: small ones apart, far ones by log."""
+  """T5's buckets of relative positions, int [length, length]: near ones apart, far ones by log."""
   distance = np.arange(length)[None, :] - np.arange(length)[:, None]
   count, offset = BUCKETS, 0
   if is_causal:
@@ -200,8 +200,8 @@ def make_task(args, dtype) -> training.Task:
   return training.Task(lambda key: (model.init(key), {}), loss_fn, batches, evaluate)
 
 
-def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+def make_parser():
+  """The options."""
   quick = {"steps": 60, "width": 64, "hidden": 128, "layers": 1}
   parser = training.make_parser(
     "t5", __doc__, quick, steps=1500, batch=64, learning_rate=3e-3, clip_norm=1.0
@@ -212,7 +212,12 @@ def main(argv=None):
     parser.add_argument(
       f"--{name}", type=training.positive(int), default=default, help="(%(default)s)"
     )
-  training.main("t5", make_task, training.parse(parser, argv))
+  return parser
+
+
+def main(argv=None):
+  """Trains every format; prints the table, saves the figure."""
+  training.main("t5", make_task, training.parse(make_parser(), argv))
 
 
 if __name__ == "__main__":

@@ -44,13 +44,15 @@ class Task(NamedTuple):
     loss_fn: (layers, kept, *batch) -> (loss, kept): as `lowmem.fused_backward`
       takes it, `layers[name](fn, *args)` being `fn(params[name], *args)`.
     batches: a numpy generator -> an endless iterator of batches.
-    evaluate: (params, kept) -> held-out figures by name, the first in tables.
+    evaluate: (params, kept) -> held-out figures by name, the first in plots.
+    project: params -> params, after each step.
   """
 
   init: Callable[[jax.Array], tuple[Any, Any]]
   loss_fn: Callable[..., tuple[jax.Array, Any]]
   batches: Callable[[np.random.Generator], Iterator[tuple]]
   evaluate: Callable[[Any, Any], dict[str, float]]
+  project: Callable[[Any], Any] = lambda params: params
 
 
 class Format(NamedTuple):
@@ -92,9 +94,7 @@ def parse_format(text: str) -> Format:
   if len(roundings) > 2:
     raise ValueError(f"format {text!r}: rounding and low_rounding follow the bits, and no more")
   names = ("rounding", "low_rounding")[: len(roundings)]
-  fmt = lowmem.DeltaFormat(
-    fmt.dtype, fmt.extra_bits, **dict(zip(names, roundings, strict=True))
-  )
+  fmt = lowmem.DeltaFormat(fmt.dtype, fmt.extra_bits, **dict(zip(names, roundings, strict=True)))
   return Format(text, fmt, statistics or "int8", fmt.dtype, fmt.dtype)
 
 
@@ -122,7 +122,7 @@ def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
     formats = weights or (lambda path, leaf: fmt.weights if leaf.ndim > 1 else "fp32")
     stored = dict.fromkeys(statistics, fmt.statistics)
     tx = ours(schedule, **options, **stored, weights=formats, key=seed)
-  if args.clip_norm and not args.release:  # fused_backward clips by itself
+  if args.clip_norm and not is_released(fmt, args):  # fused_backward clips by itself
     tx = optax.chain(optax.clip_by_global_norm(args.clip_norm), tx)
   return lowmem.dynamic_loss_scale(tx) if fmt.loss_scale else tx
 
@@ -135,28 +135,54 @@ def init(fmt: Format, tx, params):
   return params, tx.init(params)
 
 
-def all_layers(params):
-  """The layers that a loss function calls, all of whose weights are differentiated at once."""
-  return {name: lambda fn, *args, w=w: fn(w, *args) for name, w in params.items()}
+def is_released(fmt: Format, args) -> bool:
+  """Whether the backward pass applies the optimizer; Optax's cannot."""
+  return args.release and fmt.weights is not None
 
 
-def make_step(task: Task, tx, args):
+def all_layers(params, checkpointing: bool = False):
+  """The layers that a loss function calls: `layers[name](fn, *args)` is `fn(params[name], *args)`.
+
+  Args:
+    params: a dict of each layer's parameters.
+    checkpointing: whether the backward pass computes each layer again.
+
+  Returns:
+    The dict.
+  """
+  wrap = jax.checkpoint if checkpointing else lambda fn: fn
+  return {name: lambda fn, *args, w=w: wrap(fn)(w, *args) for name, w in params.items()}
+
+
+def make_step(task: Task, tx, args, release: bool = False):
   """(params, opt_state, kept, *batch) -> ((loss, kept), params, opt_state)."""
-  if args.release:
-    return lowmem.fused_backward(task.loss_fn, tx, has_aux=True, clip_norm=args.clip_norm)
 
   def step(params, opt_state, kept, *batch):
     def scaled_loss(params):
-      loss, kept_next = task.loss_fn(all_layers(params), kept, *batch)
+      loss, kept_next = task.loss_fn(all_layers(params, args.checkpointing), kept, *batch)
       return lowmem.scale_loss(loss, opt_state), (loss, kept_next)
 
     grads, loss_and_kept = jax.grad(scaled_loss, has_aux=True)(params)
     return loss_and_kept, *lowmem.step(tx, grads, opt_state, params)
 
-  return step
+  if release:
+    step = lowmem.fused_backward(task.loss_fn, tx, has_aux=True, clip_norm=args.clip_norm)
+
+  def projected(*args):
+    loss_and_kept, params, opt_state = step(*args)
+    return loss_and_kept, task.project(params), opt_state
+
+  return projected
 
 
-def train(make_task: Callable[..., Task], fmt: Format, args, seeds, show=True) -> list[dict]:
+def train(
+  make_task: Callable[..., Task],
+  fmt: Format,
+  args,
+  seeds,
+  make_optimizer: Callable[..., Any] = make_optimizer,
+  show: bool = True,
+) -> list[dict]:
   """Trains a format once for each seed, with one compiled step.
 
   Args:
@@ -164,13 +190,15 @@ def train(make_task: Callable[..., Task], fmt: Format, args, seeds, show=True) -
     fmt: of weights and statistics.
     args: the options.
     seeds: of weights, batches and rounding.
+    make_optimizer: (fmt, args, seed) -> the transformation.
     show: whether to draw a progress bar.
 
   Returns:
     A result for each seed: held-out figures, losses, bytes.
   """
   task = make_task(args, fmt.dtype)
-  tx = make_optimizer(fmt, args)
+  tx = make_optimizer(fmt, args, 0)  # the seed is in the state alone
+  release = is_released(fmt, args)
   compiled = None
   results = []
   for seed in seeds:
@@ -180,7 +208,7 @@ def train(make_task: Callable[..., Task], fmt: Format, args, seeds, show=True) -
     params, opt_state = init(fmt, make_optimizer(fmt, args, seed), params)
     batch = next(batches)
     if compiled is None:
-      step = jax.jit(make_step(task, tx, args), donate_argnums=(0, 1, 2))
+      step = jax.jit(make_step(task, tx, args, release), donate_argnums=(0, 1, 2))
       compiled = step.lower(params, opt_state, kept, *batch).compile()
     losses, seconds, evaluations = [], [], []
     progress = tqdm.tqdm(range(args.steps), fmt.name, unit="step", disable=not show)
@@ -194,15 +222,15 @@ def train(make_task: Callable[..., Task], fmt: Format, args, seeds, show=True) -
         evaluations.append((i + 1, task.evaluate(params, kept)))
         progress.set_postfix(loss=f"{loss:.3f}", **_rounded(evaluations[-1][1]))
     evaluations.append((args.steps, task.evaluate(params, kept)))
-    table = lowmem.memory_table(params, opt_state, () if args.release else params)
+    table = lowmem.memory_table(params, opt_state, () if release else params)
     results.append(
       {
         "format": fmt.name,
         "optimizer": args.optimizer,
-        "release": args.release,
+        "release": release,
         "seed": seed,
         "steps": args.steps,
-        **evaluations[-1][1],
+        "figures": evaluations[-1][1],
         "final training loss": float(np.mean(losses[-max(args.steps // 20, 1) :])),
         "skipped": sum(int(s.skipped) for s in _loss_scales(opt_state)),
         "bytes_per_param": table.bytes_per_param,
@@ -245,7 +273,11 @@ def make_parser(name: str, doc: str, quick: dict[str, Any], **defaults) -> argpa
   add = parser.add_argument
   add("--format", default="fp32,bf16,bf16+8/int8", help=FORMATS_HELP + "; %(default)s")
   add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
-  add("--release", action="store_true", help="apply the optimizer in the backward pass")
+  add(
+    "--release",
+    action="store_true",
+    help="apply the optimizer in the backward pass, in formats of this library",
+  )
   add("--seed", type=int, default=0, help="of weights, batches and rounding")
   add("--steps", type=positive(int), help="training steps (%(default)s)")
   add("--batch", type=positive(int), help="examples a step (%(default)s)")
@@ -254,7 +286,8 @@ def make_parser(name: str, doc: str, quick: dict[str, Any], **defaults) -> argpa
   add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (%(default)s)")
   short = ", ".join(f"--{option.replace('_', '-')} {value}" for option, value in quick.items())
   add("--quick", action="store_true", help=f"a minute's run: {short}")
-  parser.set_defaults(**defaults, quick_options=quick)
+  parser.set_defaults(checkpointing=False, quick_options=quick)
+  parser.set_defaults(**defaults)
   return parser
 
 
@@ -282,18 +315,19 @@ def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     parser.error(f"--format: {error}")
   if args.steps < 2:
     parser.error(f"--steps is at least 2; got {args.steps}")
-  if args.release and any(fmt.weights is None for fmt in args.formats):
-    parser.error("--release needs formats of this library: --format bf16+8/int8")
+  if args.release and all(fmt.weights is None for fmt in args.formats):
+    parser.error("--release needs a format of this library: --format bf16+8/int8")
   return args
 
 
-def main(name: str, make_task: Callable[..., Task], args):
+def main(name: str, make_task: Callable[..., Task], args, make_optimizer=make_optimizer):
   """Trains every format, prints the table, saves the figure and the results."""
   print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
-  results = [r for fmt in args.formats for r in train(make_task, fmt, args, [args.seed])]
+  results = []
+  for fmt in args.formats:
+    results += train(make_task, fmt, args, [args.seed], make_optimizer)
   args.out.mkdir(parents=True, exist_ok=True)
-  metric = next(iter(results[0]["evaluations"][-1][1]))
-  print("\n" + report.table(results, metric))
+  print("\n" + report.table(results))
   (args.out / f"{name}.json").write_text(json.dumps(results))
-  report.figure(results, metric, args.out / f"{name}.png")
+  report.figure(results, args.out / f"{name}.png")
   print(f"\nsaved {args.out / name}.png and {args.out / name}.json")

