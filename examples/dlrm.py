@@ -30,54 +30,73 @@ class MLP(nn.Module):
     return x_BxF
 
 
-def make_task(args, dtype) -> training.Task:
-  """The task: a binary classification."""
-  train, test, rows = data.movielens()
-  bottom = MLP((4 * args.width, args.width), dtype)
-  top = MLP((*args.top, 1), dtype, is_last=True)
+class DLRM:
+  """The model as functions of its layers.
 
-  def init(key):
-    keys = jax.random.split(key, len(rows) + 2)
-    pairs = (len(rows) + 1) * len(rows) // 2
+  Args:
+    rows: of each embedding table.
+    numbers: how many features are no categories.
+    width: of the embeddings.
+    top: widths of the last MLP's hidden layers.
+    dtype: in which it computes.
+  """
+
+  def __init__(self, rows: tuple[int, ...], numbers: int, width: int, top: tuple[int, ...], dtype):
+    self.rows, self.numbers, self.width, self.dtype = rows, numbers, width, dtype
+    self.bottom = MLP((4 * width, width), dtype)
+    self.top = MLP((*top, 1), dtype, is_last=True)
+
+  def init(self, key):
+    """Float32 parameters, a top-level entry for each layer."""
+    keys = jax.random.split(key, len(self.rows) + 2)
     params = {
-      f"table_{i}": jax.random.normal(keys[i], (n, args.width)) * args.width**-0.5
-      for i, n in enumerate(rows)
+      f"table_{i}": jax.random.normal(keys[i], (n, self.width)) * self.width**-0.5
+      for i, n in enumerate(self.rows)
     }
-    numbers = jnp.zeros((1, train.numbers.shape[1]))
-    params["bottom"] = bottom.init(keys[-2], numbers)["params"]
-    params["top"] = top.init(keys[-1], jnp.zeros((1, args.width + pairs)))["params"]
-    return params, {}
+    pairs = (len(self.rows) + 1) * len(self.rows) // 2
+    params["bottom"] = self.bottom.init(keys[-2], jnp.zeros((1, self.numbers)))["params"]
+    params["top"] = self.top.init(keys[-1], jnp.zeros((1, self.width + pairs)))["params"]
+    return params
 
-  def logits(layers, categories_BxC, numbers_BxN):
-    dense_BxD = layers["bottom"](lambda w, x: bottom.apply({"params": w}, x), numbers_BxN)
+  def logits(self, layers, categories_BxC, numbers_BxN):
+    """Float32 logits [batch]."""
+    dense_BxD = layers["bottom"](lambda w, x: self.bottom.apply({"params": w}, x), numbers_BxN)
+    look_up = lambda table, rows: table.astype(self.dtype)[rows]
     vectors = [dense_BxD] + [
-      layers[f"table_{i}"](lambda table, rows: table.astype(dtype)[rows], categories_BxC[:, i])
-      for i in range(len(rows))
+      layers[f"table_{i}"](look_up, categories_BxC[:, i]) for i in range(len(self.rows))
     ]
     v_BxVxD = jnp.stack(vectors, 1)
     products_BxVxV = jnp.einsum("bvd,bwd->bvw", v_BxVxD, v_BxVxD)
     pairs_BxP = products_BxVxV[:, *np.triu_indices(len(vectors), 1)]
     x_BxF = jnp.concatenate([dense_BxD, pairs_BxP], 1)
-    return layers["top"](lambda w, x: top.apply({"params": w}, x), x_BxF)[:, 0]
+    logits = layers["top"](lambda w, x: self.top.apply({"params": w}, x), x_BxF)[:, 0]
+    return logits.astype(jnp.float32)
 
-  def loss_fn(layers, kept, categories_BxC, numbers_BxN, likes_B):
-    logits_B = logits(layers, categories_BxC, numbers_BxN).astype(jnp.float32)
+  def loss(self, layers, kept, categories_BxC, numbers_BxN, likes_B):
+    """Mean cross-entropy, and what is kept as it is."""
+    logits_B = self.logits(layers, categories_BxC, numbers_BxN)
     return optax.sigmoid_binary_cross_entropy(logits_B, likes_B).mean(), kept
+
+
+def make_task(args, dtype) -> training.Task:
+  """The task: a binary classification."""
+  train, test, rows = data.movielens()
+  model = DLRM(rows, train.numbers.shape[1], args.width, args.top, dtype)
 
   def batches(rng):
     while True:
       rows = rng.integers(0, len(train.likes), args.batch)
       yield tuple(x[rows] for x in train)
 
-  predict = jax.jit(lambda params, c, n: logits(training.all_layers(params), c, n))
+  predict = jax.jit(lambda params, c, n: model.logits(training.all_layers(params), c, n))
 
   def evaluate(params, kept):
     del kept
-    logits_N = np.asarray(predict(params, test.categories, test.numbers), np.float32)
+    logits_N = np.asarray(predict(params, test.categories, test.numbers))
     losses = optax.sigmoid_binary_cross_entropy(logits_N, test.likes)
     return {"AUC": area_under_curve(logits_N, test.likes), "held-out loss": float(losses.mean())}
 
-  return training.Task(init, loss_fn, batches, evaluate)
+  return training.Task(lambda key: (model.init(key), {}), model.loss, batches, evaluate)
 
 
 def area_under_curve(scores_N, labels_N) -> float:

@@ -1,0 +1,247 @@
+"""The papers' models at their full sizes, and CLIP's recipe: peak memory, compiled for H100s.
+
+  python -m benchmarks.papers [NAME ...]
+
+The devices are not there (the `h100` extra), and nothing is run. Prints tables and writes
+`benchmarks/results/papers_h100_compile.json`. Every row is a whole training step, AdamW.
+"""
+
+import argparse
+from collections.abc import Callable
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from benchmarks.step import gpu_compiler, log, report
+from examples import clip, clip_model, dcgan, dlrm, resnet18, t5, training
+
+GIB = 2**30
+BASELINE = "master-bf16"
+ROWS = ("fp32", BASELINE, "bf16+8/int8", "bf16+8/int8 release", "bf16+0/int8 release")
+OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None)
+
+
+class Workload(NamedTuple):
+  """A model at its full size.
+
+  Attributes:
+    title: with its sizes.
+    make: dtype -> the task.
+    batch: shapes and dtypes.
+    checkpointing: whether the rows without release compute layers again, too.
+  """
+
+  title: str
+  make: Callable[[Any], training.Task]
+  batch: tuple[jax.ShapeDtypeStruct, ...]
+  checkpointing: bool = False
+
+
+def _task(init, loss_fn) -> training.Task:
+  return training.Task(init, loss_fn, lambda rng: iter(()), lambda params, kept: {})
+
+
+def _resnet18(dtype):
+  model = resnet18.ResNet18(64, 1000, dtype)
+  return _task(lambda key: model.init(key, (224, 224, 3)), model.loss)
+
+
+def _dcgan(dtype):
+  model = dcgan.DCGAN(64, 64, 3, dtype)
+  return _task(model.init, model.loss)
+
+
+def _t5_large(dtype):
+  sizes = types.SimpleNamespace(layers=24, width=1024, heads=16, head_width=64, hidden=4096)
+  model = t5.T5(sizes, (32128, 32128), dtype)
+  loss = lambda layers, kept, *batch: (model.loss(layers, *batch), kept)
+  return _task(lambda key: (model.init(key), {}), loss)
+
+
+def _dlrm(dtype):
+  model = dlrm.DLRM((10_000_000,) * 4 + (1000,) * 22, 13, 64, (512, 256), dtype)
+  return _task(lambda key: (model.init(key), {}), model.loss)
+
+
+def _parameters(dtype):
+  """Nothing but parameters (2309.12381's synthetic case): each has a gradient."""
+
+  def loss(layers, kept, x):
+    for i in range(16):
+      x = layers[f"w{i}"](lambda w, x: (x @ w.astype(dtype)).astype(x.dtype), x)
+    return jnp.mean(x.astype(jnp.float32) ** 2), kept
+
+  init = lambda key: ({f"w{i}": jnp.zeros((8192, 8192)) for i in range(16)}, {})
+  return _task(init, loss)
+
+
+def _struct(dtype, *shape):
+  return jax.ShapeDtypeStruct(shape, dtype)
+
+
+F32, I32 = jnp.float32, jnp.int32
+WORKLOADS = {
+  "resnet18": Workload(
+    "ResNet-18, 224 px, batch 256",
+    _resnet18,
+    (_struct(F32, 256, 224, 224, 3), _struct(I32, 256)),
+  ),
+  "t5": Workload(
+    "T5-large, batch 8, 512 source and 128 target tokens",
+    _t5_large,
+    (_struct(I32, 8, 512), _struct(I32, 8, 129)),
+    checkpointing=True,
+  ),
+  "dlrm": Workload(
+    "DLRM, four tables of 10M rows, batch 2048",
+    _dlrm,
+    (_struct(I32, 2048, 26), _struct(F32, 2048, 13), _struct(F32, 2048)),
+  ),
+  "dcgan": Workload(
+    "DCGAN, 64 px, batch 128",
+    _dcgan,
+    (_struct(F32, 128, 64, 64, 3), _struct(F32, 128, dcgan.NOISE)),
+  ),
+  "parameters": Workload(
+    "1.1B parameters alone (16 matrices, batch 1)", _parameters, (_struct(jnp.bfloat16, 1, 8192),)
+  ),
+}
+
+
+def state_of(task: training.Task, fmt: training.Format, args, make_optimizer):
+  """Structs of (params, opt_state, kept), and the transformation."""
+  tx = make_optimizer(fmt, args, 0)
+  params32, kept = jax.eval_shape(task.init, jax.random.key(0))
+  params, opt_state = jax.eval_shape(lambda p: training.init(fmt, tx, p), params32)
+  return (params, opt_state, kept), tx
+
+
+def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimizer):
+  """A compiled training step.
+
+  Args:
+    task: the task.
+    fmt: of weights and statistics.
+    args: options.
+    batch: structs.
+    place: tree of structs -> the same on devices.
+    make_optimizer: as `training.train` takes it.
+
+  Returns:
+    The program, and the number of parameters.
+  """
+  state, tx = state_of(task, fmt, args, make_optimizer)
+  step = jax.jit(
+    training.make_step(task, tx, args, training.is_released(fmt, args)), donate_argnums=(0, 1, 2)
+  )
+  lowered = step.trace(*place(state), *place(batch)).lower()
+  return lowered.compile(), sum(x.size for x in jax.tree.leaves(state[0]))
+
+
+def peaks_of(workload: Workload, place) -> list[dict]:
+  """A row for each format."""
+  rows: list[dict] = []
+  for name in ROWS:
+    text, _, release = name.partition(" ")
+    fmt = training.parse_format(text)
+    args = types.SimpleNamespace(
+      **OPTIONS, release=bool(release), checkpointing=workload.checkpointing
+    )
+    program, count = compiled(workload.make(fmt.dtype), fmt, args, workload.batch, place)
+    peak = program.memory_analysis().peak_memory_in_bytes
+    rows.append({"format": name, "peak GiB": peak / GIB, "peak bytes/param": peak / count})
+    base = next((row["peak GiB"] for row in rows if row["format"] == BASELINE), None)
+    part = 16 * count / GIB  # float32 weights, gradients and two statistics
+    if base is not None and name != BASELINE:
+      less = base - rows[-1]["peak GiB"]
+      rows[-1] |= {
+        "lower by": f"{less / base:.0%}",
+        "of what there is to lower": f"{less / part:.0%}",
+      }
+    else:
+      rows[-1] |= {"lower by": "", "of what there is to lower": f"{part:.2f} GiB"}
+    log(rows[-1])
+  return rows
+
+
+def clip_peaks(devices) -> list[dict]:
+  """CLIP at its own size on sixteen devices, with each option of its recipe off and on."""
+  mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+  whole, cut = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+  on = lambda sharding: (
+    lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+  )
+  size, context = clip_model.VIT_B_32.image_size, clip_model.VIT_B_32.context
+  batch = (_struct(F32, 32768, size, size, 3), _struct(I32, 32768, context))
+  everything = dict(
+    format="bf16+8/bf16", text_format="bf16+0", checkpointing=True, shards_similarities=True
+  )
+  variants = {
+    "everything": {},
+    "no gradient checkpointing": {"checkpointing": False},
+    "similarities not sharded": {"shards_similarities": False},
+    "statistics in float32": {"format": "bf16+8/fp32"},
+    "text encoder as elsewhere": {"text_format": ""},
+    "mixed precision with float32 masters": {"format": "master-bf16"},
+    "float32": {"format": "fp32"},
+  }
+  rows = []
+  for name, changed in variants.items():
+    options = everything | changed
+    fmt = training.parse_format(options["format"])
+    args = types.SimpleNamespace(
+      **OPTIONS,
+      release=False,
+      checkpointing=options["checkpointing"],
+      text_format=options["text_format"],
+    )
+    model = clip_model.CLIP(clip_model.VIT_B_32, fmt.dtype)
+    shards = mesh if options["shards_similarities"] else None
+
+    def loss(layers, kept, images, tokens, model=model, shards=shards):
+      return model.loss(layers, images, tokens, shards), kept
+
+    task = _task(lambda key, model=model: (model.init(key), {}), loss)
+    task = task._replace(project=clip_model.clip_temperature)
+    state, tx = state_of(task, fmt, args, clip.make_optimizer)
+    step = jax.jit(training.make_step(task, tx, args), donate_argnums=(0, 1, 2))
+    program = step.trace(*on(whole)(state), *on(cut)(batch)).lower().compile()
+    stats = program.memory_analysis()
+    rows.append(
+      {
+        "CLIP ViT-B/32, batch 32,768, sixteen H100s": name,
+        "peak GiB/device": stats.peak_memory_in_bytes / GIB,
+        "state and batch GiB/device": stats.argument_size_in_bytes / GIB,
+      }
+    )
+    log(rows[-1])
+  return rows
+
+
+def run(names, parser) -> dict:
+  """The tables."""
+  h100 = gpu_compiler(parser)
+  tables = {
+    WORKLOADS[name].title: peaks_of(WORKLOADS[name], h100.on_device)
+    for name in names
+    if name in WORKLOADS
+  }
+  if "clip" in names:
+    tables["CLIP's memory recipe"] = clip_peaks(h100.devices("2x1x8"))
+  return {"tables": tables}
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(description=__doc__)
+  choices = [*WORKLOADS, "clip"]
+  parser.add_argument("names", nargs="*", help=f"of {', '.join(choices)}; all by default")
+  names = parser.parse_args().names or choices
+  if unknown := set(names) - set(choices):
+    parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(choices)}")
+  report(lambda: run(names, parser), "papers_h100_compile")
