@@ -112,14 +112,6 @@ WORKLOADS = {
 }
 
 
-def state_of(task: training.Task, fmt: training.Format, args, make_optimizer):
-  """Structs of (params, opt_state, kept), and the transformation."""
-  tx = make_optimizer(fmt, args, 0)
-  params32, kept = jax.eval_shape(task.init, jax.random.key(0))
-  params, opt_state = jax.eval_shape(lambda p: training.init(fmt, tx, p), params32)
-  return (params, opt_state, kept), tx
-
-
 def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimizer):
   """A compiled training step.
 
@@ -127,19 +119,19 @@ def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimiz
     task: the task.
     fmt: of weights and statistics.
     args: options.
-    batch: structs.
+    batch: structs on devices.
     place: tree of structs -> the same on devices.
     make_optimizer: as `training.train` takes it.
 
   Returns:
     The program, and the number of parameters.
   """
-  state, tx = state_of(task, fmt, args, make_optimizer)
-  step = jax.jit(
-    training.make_step(task, tx, args, training.is_released(fmt, args)), donate_argnums=(0, 1, 2)
-  )
-  lowered = step.trace(*place(state), *place(batch)).lower()
-  return lowered.compile(), sum(x.size for x in jax.tree.leaves(state[0]))
+  tx = make_optimizer(fmt, args, 0)
+  params32, kept = jax.eval_shape(task.init, jax.random.key(0))
+  params, opt_state = jax.eval_shape(lambda p: training.init(fmt, tx, p), params32)
+  step = training.make_step(task, tx, args, training.is_released(fmt, args))
+  traced = jax.jit(step, donate_argnums=(0, 1, 2)).trace(*place((params, opt_state, kept)), *batch)
+  return traced.lower().compile(), sum(x.size for x in jax.tree.leaves(params))
 
 
 def peaks_of(workload: Workload, place) -> list[dict]:
@@ -151,7 +143,8 @@ def peaks_of(workload: Workload, place) -> list[dict]:
     args = types.SimpleNamespace(
       **OPTIONS, release=bool(release), checkpointing=workload.checkpointing
     )
-    program, count = compiled(workload.make(fmt.dtype), fmt, args, workload.batch, place)
+    task = workload.make(fmt.dtype)
+    program, count = compiled(task, fmt, args, place(workload.batch), place)
     peak = program.memory_analysis().peak_memory_in_bytes
     rows.append({"format": name, "peak GiB": peak / GIB, "peak bytes/param": peak / count})
     base = next((row["peak GiB"] for row in rows if row["format"] == BASELINE), None)
@@ -209,9 +202,7 @@ def clip_peaks(devices) -> list[dict]:
 
     task = _task(lambda key, model=model: (model.init(key), {}), loss)
     task = task._replace(project=clip_model.clip_temperature)
-    state, tx = state_of(task, fmt, args, clip.make_optimizer)
-    step = jax.jit(training.make_step(task, tx, args), donate_argnums=(0, 1, 2))
-    program = step.trace(*on(whole)(state), *on(cut)(batch)).lower().compile()
+    program, _ = compiled(task, fmt, args, on(cut)(batch), on(whole), clip.make_optimizer)
     stats = program.memory_analysis()
     rows.append(
       {
