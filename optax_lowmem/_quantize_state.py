@@ -182,12 +182,11 @@ def quantize(
     words = jnp.array(key_words(key), copy=True)
     if (session := _session.current(_session.InitSession)) is not None:
       session.found_ours = True
-    stored = _store(inner_state, table, words, 0, _block_scales(inner_state, table))
     return QuantizedState(
       formats=table.marked(params),
       step=jnp.zeros([], jnp.int32),
       key=words,
-      inner_state=_tree.sharded_like(stored, params),
+      inner_state=_store(inner_state, table, words, 0, _block_scales(inner_state, table)),
     )
 
   def update_fn(updates, state, params=None, **extra_args):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import sharded
-from pallas_kernels.state_formats import Blocks
 
 HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -60,15 +59,10 @@ def _has_value(x) -> bool:
 
 
 def sharded_like(inner_state, params):
-  """A state whose arrays at parameters' places, and of their shapes, are sharded like them.
-
-  So are the codes of statistics that are stored in blocks.
-  """
+  """A state whose arrays at parameters' places, and of their shapes, are sharded like them."""
   weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
   def place(path, x):
-    if isinstance(x, Blocks):
-      return Blocks(place(path, x.codes), x.scale)
     start = owner(path, weights)
     if start is None or not isinstance(x, jax.Array):
       return x
@@ -76,8 +70,7 @@ def sharded_like(inner_state, params):
     is_alike = is_float(parameter) and jnp.shape(parameter) == x.shape
     return sharded.like(x, parameter) if is_alike else x
 
-  is_blocks = lambda x: isinstance(x, Blocks)
-  return jax.tree_util.tree_map_with_path(place, inner_state, is_leaf=is_blocks)
+  return jax.tree_util.tree_map_with_path(place, inner_state)
 
 
 def find_states(tree, kind: type) -> Iterator[Any]:
