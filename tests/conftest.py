@@ -18,8 +18,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-  every = config.getoption("--every")
-  kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % every == 0]
+  every, has_time = config.getoption("--every"), bool(os.environ.get("THOROUGH"))
+  kept = [
+    item
+    for item in items
+    if zlib.crc32(item.nodeid.encode()) % every == 0
+    and (has_time or item.get_closest_marker("thorough") is None)
+  ]
   config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
   items[:] = kept
 

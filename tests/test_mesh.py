@@ -23,6 +23,7 @@ from pallas_kernels import fused_programs
 by_device_module = sys.modules["pallas_kernels.by_device"]
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+THOROUGH = pytest.mark.thorough
 COLLECTIVE = re.compile(
   r"(\S+) (all-reduce|all-gather|collective-permute|all-to-all|reduce-scatter)(?:-start)?\("
 )
@@ -112,12 +113,12 @@ OPTIMIZERS = {
   [
     ("adamw", (4, 2), AUTO, lowmem.step),
     ("adamw", (4, 2), EXPLICIT, lowmem.step),
-    ("adamw", (2, 2), EXPLICIT, updated),
+    pytest.param("adamw", (2, 2), EXPLICIT, updated, marks=THOROUGH),
     ("adamw packed", (2, 1), AUTO, lowmem.step),
-    ("adamw packed", (4, 2), EXPLICIT, updated),
-    ("lion exact", (8, 1), EXPLICIT, lowmem.step),
+    pytest.param("adamw packed", (4, 2), EXPLICIT, updated, marks=THOROUGH),
+    pytest.param("lion exact", (8, 1), EXPLICIT, lowmem.step, marks=THOROUGH),
     ("sgd stochastic", (2, 2), AUTO, lowmem.step),
-    ("adam fp16", (2, 4), EXPLICIT, lowmem.step),
+    pytest.param("adam fp16", (2, 4), EXPLICIT, lowmem.step, marks=THOROUGH),
     ("wrapped", (4, 2), AUTO, updated),
     ("scaled", (4, 2), EXPLICIT, lowmem.step),
   ],
