@@ -127,7 +127,7 @@ def fused_update_leaves(
       return kernel(scalars, leaves, when, index)
     refused = {"mosaic_gpus": _refuse, "gpus": _refuse}
     return by_device(
-      {"any": kernel, **refused, **_on_shards(kernel, rules)}, scalars, leaves, when, index
+      {"any": kernel, **refused, **_on_shards(rules, formats)}, scalars, leaves, when, index
     )
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
@@ -153,15 +153,21 @@ def fused_update_leaves(
   if shards is not None:
     programs = {kind: shards.each(program) for kind, program in programs.items()}
   elif is_kernel:
-    programs |= _on_shards(programs["mosaic_gpu"], rules)
+    programs |= _on_shards(rules, formats)
   return by_device(programs, scalars, leaves, when, index, on_each=shards is not None)
 
 
-def _on_shards(kernel, rules) -> dict[str, Any]:
+def _on_shards(rules, formats) -> dict[str, Any]:
   """The program for several GPUs, if the rule takes shards, whose shapes only XLA knows."""
   if not all(rest.takes_any_shape for rest in rules.values()):
     return {}
-  return {"mosaic_gpus": functools.partial(partitioned, kernel)}
+
+  def program(scalars, leaves, when, index, windows):
+    takes_kernel = all(launch_blocks.takes_blocks(leaf.gradient.shape) for leaf in leaves)
+    run = fused_programs.as_kernel if takes_kernel else fused_programs.on_xla
+    return run(rules, formats, scalars, leaves, when, index, windows=windows)
+
+  return {"mosaic_gpus": functools.partial(partitioned, program)}
 
 
 def _refuse(*args):
