@@ -127,7 +127,7 @@ def fused_update_leaves(
       return kernel(scalars, leaves, when, index)
     refused = {"mosaic_gpus": _refuse, "gpus": _refuse}
     return by_device(
-      {"any": kernel, **refused, **_on_shards(rules, formats)}, scalars, leaves, when, index
+      {"any": kernel, **refused, **_on_shards(rules, formats, leaves)}, scalars, leaves, when, index
     )
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
@@ -153,13 +153,17 @@ def fused_update_leaves(
   if shards is not None:
     programs = {kind: shards.each(program) for kind, program in programs.items()}
   elif is_kernel:
-    programs |= _on_shards(rules, formats)
+    programs |= _on_shards(rules, formats, leaves)
   return by_device(programs, scalars, leaves, when, index, on_each=shards is not None)
 
 
-def _on_shards(rules, formats) -> dict[str, Any]:
-  """The program for several GPUs, if the rule takes shards, whose shapes only XLA knows."""
-  if not all(rest.takes_any_shape for rest in rules.values()):
+def _on_shards(rules, formats, leaves: Sequence[Leaf]) -> dict[str, Any]:
+  """The program for several GPUs, if the rule takes shards, whose shapes only XLA knows.
+
+  Not for leaves that are replicated on a mesh with Explicit axes.
+  """
+  is_explicit = any(sharded.has_explicit_axes(leaf.low) for leaf in leaves)
+  if is_explicit or not all(rest.takes_any_shape for rest in rules.values()):
     return {}
 
   def program(scalars, leaves, when, index, windows):
@@ -172,8 +176,9 @@ def _on_shards(rules, formats) -> dict[str, Any]:
 
 def _refuse(*args):
   raise ValueError(
-    '"mosaic_gpu" in a program for several GPUs is for NVIDIA GPUs from Hopper on, and for rules'
-    ' without functions of their own (jax.lax.cond, jax.custom_jvp); "xla" and None take all.'
+    '"mosaic_gpu" in a program for several GPUs is for NVIDIA GPUs from Hopper on, rules without'
+    " functions of their own (jax.lax.cond, jax.custom_jvp), and weights that are not replicated on"
+    ' a mesh with Explicit axes; "xla" and None take all.'
   )
 
 

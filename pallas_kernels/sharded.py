@@ -27,6 +27,13 @@ def explicit(x) -> NamedSharding | None:
   return sharding if any(axes is not None for axes in sharding.spec) else None
 
 
+def has_explicit_axes(x) -> bool:
+  """Whether an array is on a mesh with Explicit axes, or traced where one is set."""
+  mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+  kinds = [kind for m in (mesh, jax.sharding.get_abstract_mesh()) if m for kind in m.axis_types]
+  return AxisType.Explicit in kinds
+
+
 def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   """An array's sharding for what is stored for it: along the axes that it divides evenly.
 

@@ -361,6 +361,16 @@ def test_eight_h100s_check_with_one_scalar():
 
 
 @pytest.mark.h100
+@pytest.mark.parametrize(("kind", "kernels"), [(AUTO, 2), (EXPLICIT, 1)])
+def test_replicated_weights_on_eight_h100s(kind, kernels, monkeypatch):
+  """On Explicit axes XLA's program steps them."""
+  monkeypatch.setitem(H100_TABLE, "norm", ((64, 1024), P()))
+  with jax.set_mesh(eight_gpus(kind, "h100")):
+    text = compiled_for_h100s(lowmem.adamw(1e-3), kind).as_text()
+  assert not collectives(text) and text.count('custom_call_target="mosaic_gpu') == kernels
+
+
+@pytest.mark.h100
 def test_gpus_before_hopper():
   """XLA's program; the kernel by name is refused."""
   assert "mosaic_gpu" not in compiled_for_h100s(lowmem.adamw(1e-3), AUTO, "a100").as_text()
