@@ -47,6 +47,7 @@ def test_shakespeare(tmp_path, capsys):
   assert all(len(r["losses"]) == 3 for r in results)
 
 
+@pytest.mark.thorough
 def test_shakespeare_release(tmp_path):
   runs = {}
   for name, options in {"plain": [], "released": ["--release"]}.items():
@@ -76,6 +77,7 @@ def test_quick(name, tmp_path, capsys):
   assert all(figure in out for figure in result["figures"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["resnet18", "clip"])
 def test_release_is_the_plain_step(name):
   """Batch statistics, several formats and the projection of parameters are released, too."""

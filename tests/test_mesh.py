@@ -153,6 +153,7 @@ def test_one_scalar_for_the_finite_check_and_one_for_a_norm(kind):
   assert all(re.fullmatch(r"\(?(f32\[\](, )?)+\)?", shape) for shape, _ in found), found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2)])
 @pytest.mark.parametrize("name", ["adamw", "lion exact"])
 def test_kernels_run_on_each_shard(name, shape):
@@ -235,8 +236,8 @@ def test_statistics_may_be_cut_where_weights_are_not(calls_on_shards):
 @pytest.mark.parametrize(
   ("name", "under_jit", "kind"),
   [
-    ("adamw packed", False, AUTO),
-    ("adamw packed", False, EXPLICIT),
+    pytest.param("adamw packed", False, AUTO, marks=THOROUGH),
+    pytest.param("adamw packed", False, EXPLICIT, marks=THOROUGH),
     ("adamw", True, AUTO),
     ("adamw", True, EXPLICIT),
     ("wrapped", True, AUTO),

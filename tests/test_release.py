@@ -143,6 +143,7 @@ def test_law_15_declared_elementwise(name):
   check_same(DECLARED[name]())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   "fmt, moments", [("bf16+0", "bf16"), ("bf16+16", "fp32"), ("fp16+8", "fp16"), ("bf16+5", "int8")]
 )

@@ -155,7 +155,10 @@ def test_bad_format():
 # Law 13. Half of every block rests after `warm` steps, over 1,024 blocks.
 
 
-@pytest.mark.parametrize("name, warm, size", [("int8", 500, 1.0), ("fp16", 100, 1e-9)])
+@pytest.mark.parametrize(
+  "name, warm, size",
+  [("int8", 500, 1.0), pytest.param("fp16", 100, 1e-9, marks=pytest.mark.thorough)],
+)
 def test_idle_weights(name, warm, size):
   """Law 13: averages that get no more gradients follow the exact ones; weights stand still."""
   steps, shape = 20_000, (1024, BLOCK)
