@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from pallas_kernels import sharded
 from pallas_kernels.by_device import by_device
 from pallas_kernels.random_bits import Window
 from pallas_kernels.state_formats import BLOCK
@@ -41,7 +40,6 @@ def partitioned(program: Callable, scalars, leaves: Sequence[Any], when, index):
   Returns:
     What program returns, of the whole arrays.
   """
-  leaves = [leaf._replace(gradient=_like_weight(leaf, index)) for leaf in leaves]
   flat, treedef = jax.tree.flatten((scalars, leaves, when, index))
   wholes = [leaf.low.shape for leaf in leaves]
   has_index = index is not None
@@ -76,14 +74,6 @@ def partitioned(program: Callable, scalars, leaves: Sequence[Any], when, index):
   call.def_partition(partition, decode_shardings=False, sharding_rule=rule)
   written = call(*flat)
   return jax.tree.unflatten(jax.tree.structure(_written(leaves)), written)
-
-
-def _like_weight(leaf, index) -> jax.Array:
-  """The gradient, so that XLA computes it sharded like the weight if it can choose."""
-  low = leaf.low
-  if index is not None:
-    low = jax.lax.dynamic_index_in_dim(low, index, keepdims=False)
-  return sharded.like(leaf.gradient, low)
 
 
 def _written(leaves):
@@ -166,10 +156,12 @@ def _tiled(cut: _Cut, axes: range):
 
 
 def _rule(args) -> SdyShardingRule:
-  """What is written is sharded as it was, whatever the rest is sharded like."""
+  """Statistics are sharded as they were; a gradient like its weight if XLA can choose."""
   unused = map("axis{}_".format, itertools.count())
   new = lambda x: tuple(itertools.islice(unused, jnp.ndim(x)))
   operands = jax.tree.map(new, args)
+  like_weight = lambda leaf: leaf._replace(gradient=leaf.low[len(leaf.low) - len(leaf.gradient) :])
+  operands = (operands[0], [like_weight(leaf) for leaf in operands[1]], *operands[2:])
   is_axes = lambda x: isinstance(x, tuple) and all(isinstance(name, str) for name in x)
   flat = lambda tree: tuple(jax.tree.leaves(tree, is_leaf=is_axes))
   return SdyShardingRule(flat(operands), flat(_written(operands[1])))

@@ -211,11 +211,6 @@ def test_shards_of_a_partitioned_program(name, shape, calls_on_shards):
   assert not calls_on_shards
 
 
-def test_gradient_release_in_a_partitioned_program(calls_on_shards):
-  test_gradient_release(AUTO)
-  assert any(index is not None for index, _ in calls_on_shards)
-
-
 def test_statistics_may_be_cut_where_weights_are_not(calls_on_shards):
   """ZeRO: a device steps the part whose statistics it has."""
   mesh, tx = mesh_of(8), lowmem.adamw(1e-2)
