@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks.step import log, report
-from examples import data, gpt
+from examples import data, gpt, training
 import optax_lowmem as lowmem
 
 STEPS, BATCH, CONTEXT, SEEDS, RATE = 300, 32, 64, 3, 1e-3
@@ -25,17 +25,17 @@ STEPS, BATCH, CONTEXT, SEEDS, RATE = 300, 32, 64, 3, 1e-3
 
 def train(n: int, rate: float, seed: int) -> tuple[float, float]:
   """The held-out loss, and the mean second moment."""
-  training, held_out, alphabet = data.plays()
+  text, held_out, alphabet = data.plays()
   model = gpt.GPT(len(alphabet), 2, 96, 4, CONTEXT, jnp.bfloat16)
   rng = np.random.default_rng(seed)
-  first = data.sample_windows(training, rng, BATCH, CONTEXT)
+  first = data.sample_windows(text, rng, BATCH, CONTEXT)
   params = jax.jit(model.init)(jax.random.key(seed), first[:, :-1])["params"]
   tx = lowmem.adam(optax.warmup_cosine_decay_schedule(0.0, rate, STEPS // 20, STEPS))
   params, state = lowmem.init(tx, params)
   loss_fn = functools.partial(gpt.loss_fn, model)
   step = jax.jit(lowmem.fused_backward(loss_fn, tx, accumulate=n), donate_argnums=(0, 1))
   for _ in range(STEPS):
-    batch = data.sample_windows(training, rng, BATCH, CONTEXT)
+    batch = data.sample_windows(text, rng, BATCH, CONTEXT)
     _, params, state = step(params, state, batch)
   evaluate = jax.jit(lambda params, batch: gpt.loss_fn(model, training.all_layers(params), batch))
   tests = data.even_windows(held_out, 512, CONTEXT).reshape(-1, 64, CONTEXT + 1)
