@@ -185,6 +185,7 @@ def make_parser():
   parser = training.make_parser(
     "clip",
     __doc__,
+    {"width": 128, "layers": 3, "heads": 4},
     {"steps": 20, "width": 64, "layers": 1},
     format="fp32,bf16,bf16+8/bf16",
     steps=1000,
@@ -195,8 +196,6 @@ def make_parser():
     shard_similarities=True,
   )
   add = parser.add_argument
-  for name, default in {"width": 128, "layers": 3, "heads": 4}.items():
-    add(f"--{name}", type=training.positive(int), default=default, help="(%(default)s)")
   for name in ("checkpointing", "shard-similarities"):
     add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
   add("--text-format", default="bf16+0", help='of the text encoder\'s weights; "" as elsewhere')

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from examples import data, training
+from examples import batch_stats, data, training
 
 NOISE, COMPONENTS = 64, 64
 
@@ -79,11 +79,8 @@ class DCGAN:
 
   def init(self, key):
     """Float32 parameters and batch statistics, an entry for each layer."""
-    params, kept, x = {}, {}, jnp.zeros((1, NOISE))
-    for i, (name, block) in enumerate((self.generator | self.discriminator).items()):
-      x, variables = block.init_with_output(jax.random.fold_in(key, i), x, False)
-      params[name], kept[name] = variables["params"], variables.get("batch_stats", {})
-    return params, kept
+    blocks = self.generator | self.discriminator
+    return batch_stats.init_blocks(blocks, jnp.zeros((1, NOISE)), key)[:2]
 
   def run(self, network, layers, kept, x, is_training=True, is_fixed=False):
     """A network's result and its new statistics; fixed weights get no gradient."""
@@ -91,11 +88,7 @@ class DCGAN:
     def call(block, weights, stats, x):
       if is_fixed:
         weights = jax.lax.stop_gradient(weights)
-      variables = {"params": weights, "batch_stats": stats}
-      if not is_training:
-        return block.apply(variables, x, False), stats
-      x, state = block.apply(variables, x, True, mutable="batch_stats")
-      return x, state.get("batch_stats", {})
+      return batch_stats.call_block(block, is_training, weights, stats, x)
 
     x, new = x.astype(self.dtype), {}
     for name, block in network.items():
@@ -164,18 +157,16 @@ def make_task(args, dtype) -> training.Task:
 
 def make_parser():
   """The options."""
-  parser = training.make_parser(
+  return training.make_parser(
     "dcgan",
     __doc__,
+    {"width": 16},
     {"steps": 30, "width": 8},
     steps=600,
     batch=64,
     learning_rate=1e-3,
-    clip_norm=None,
     optimizer="adam",
   )
-  parser.add_argument("--width", type=training.positive(int), default=16, help="(%(default)s)")
-  return parser
 
 
 def main(argv=None):

@@ -110,12 +110,16 @@ def area_under_curve(scores_N, labels_N) -> float:
 
 def make_parser():
   """The options."""
-  parser = training.make_parser(
-    "dlrm", __doc__, {"steps": 150}, steps=1500, batch=256, learning_rate=2e-3, clip_norm=None
+  return training.make_parser(
+    "dlrm",
+    __doc__,
+    {"width": 16},
+    {"steps": 150},
+    steps=1500,
+    batch=256,
+    learning_rate=2e-3,
+    top=(128, 64),
   )
-  parser.add_argument("--width", type=training.positive(int), default=16, help="(%(default)s)")
-  parser.set_defaults(top=(128, 64))
-  return parser
 
 
 def main(argv=None):

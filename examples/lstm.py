@@ -53,15 +53,10 @@ def make_task(args, dtype) -> training.Task:
 
 def make_parser():
   """The options."""
-  quick = {"steps": 60, "width": 64}
-  parser = training.make_parser(
-    "lstm", __doc__, quick, steps=1000, batch=32, learning_rate=3e-3, clip_norm=1.0
+  sizes, quick = {"width": 192, "layers": 2, "context": 48}, {"steps": 60, "width": 64}
+  return training.make_parser(
+    "lstm", __doc__, sizes, quick, steps=1000, batch=32, learning_rate=3e-3, clip_norm=1.0
   )
-  add = parser.add_argument
-  add("--width", type=training.positive(int), default=192, help="(%(default)s)")
-  add("--layers", type=training.positive(int), default=2, help="(%(default)s)")
-  add("--context", type=training.positive(int), default=48, help="characters (%(default)s)")
-  return parser
 
 
 def main(argv=None):

@@ -14,8 +14,6 @@ With --release the backward pass applies the optimizer, and computes every layer
 adds to that). Figure: the loss on four whole plays, in nats a character.
 """
 
-import functools
-
 import jax
 import numpy as np
 
@@ -53,10 +51,12 @@ def make_task(args, dtype) -> training.Task:
 
 def make_parser():
   """The options."""
+  sizes = {"layers": 4, "width": 144, "heads": 4, "context": 64, "eval_windows": 512}
   quick = {"steps": 40, "layers": 1, "width": 64, "eval_windows": 64}
-  parser = training.make_parser(
+  return training.make_parser(
     "shakespeare",
     __doc__,
+    sizes,
     quick,
     format=FORMATS,
     steps=400,
@@ -64,13 +64,6 @@ def make_parser():
     learning_rate=1e-3,
     clip_norm=1.0,
   )
-  add = functools.partial(parser.add_argument, type=training.positive(int))
-  add("--layers", default=4, help="transformer blocks (%(default)s)")
-  add("--width", default=144, help="width of the model (%(default)s)")
-  add("--heads", default=4, help="attention heads; they divide the width (%(default)s)")
-  add("--context", default=64, help="characters a window (%(default)s)")
-  add("--eval-windows", default=512, help="held-out windows (%(default)s)")
-  return parser
 
 
 def main(argv=None):

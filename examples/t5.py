@@ -203,16 +203,10 @@ def make_task(args, dtype) -> training.Task:
 def make_parser():
   """The options."""
   quick = {"steps": 60, "width": 64, "hidden": 128, "layers": 1}
-  parser = training.make_parser(
-    "t5", __doc__, quick, steps=1500, batch=64, learning_rate=3e-3, clip_norm=1.0
+  sizes = {"layers": 2, "width": 96, "heads": 4, "head_width": 24, "hidden": 256}
+  return training.make_parser(
+    "t5", __doc__, sizes, quick, steps=1500, batch=64, learning_rate=3e-3, clip_norm=1.0
   )
-  for name, default in {
-    "layers": 2, "width": 96, "heads": 4, "head-width": 24, "hidden": 256
-  }.items():  # fmt: skip
-    parser.add_argument(
-      f"--{name}", type=training.positive(int), default=default, help="(%(default)s)"
-    )
-  return parser
 
 
 def main(argv=None):

@@ -253,17 +253,20 @@ def _loss_scales(opt_state) -> list[lowmem.LossScaleState]:
   return [s for s in jax.tree.leaves(opt_state, is_leaf=is_scale) if is_scale(s)]
 
 
-def make_parser(name: str, doc: str, quick: dict[str, Any], **defaults) -> argparse.ArgumentParser:
+def make_parser(
+  name: str, doc: str, sizes: dict[str, int], quick: dict[str, Any], **defaults
+) -> argparse.ArgumentParser:
   """The options that every example has.
 
   Args:
     name: of the example's module.
     doc: what --help says.
+    sizes: of the model and its data, each an option with its default.
     quick: the options that --quick sets, where they are not given.
     **defaults: of the shared options: steps, batch, learning_rate, ...
 
   Returns:
-    A parser; an example adds its model's options.
+    A parser; an example may add options.
   """
   parser = argparse.ArgumentParser(
     f"python -m examples.{name}",
@@ -284,7 +287,10 @@ def make_parser(name: str, doc: str, quick: dict[str, Any], **defaults) -> argpa
   add("--learning-rate", type=positive(float), help="its peak (%(default)s)")
   add("--clip-norm", type=positive(float), help="of the whole gradient (%(default)s)")
   add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (%(default)s)")
-  short = ", ".join(f"--{option.replace('_', '-')} {value}" for option, value in quick.items())
+  flag = lambda option: "--" + option.replace("_", "-")
+  for size, default in sizes.items():
+    add(flag(size), type=positive(int), default=default, help="(%(default)s)")
+  short = ", ".join(f"{flag(option)} {value}" for option, value in quick.items())
   add("--quick", action="store_true", help=f"a minute's run: {short}")
   parser.set_defaults(checkpointing=False, quick_options=quick)
   parser.set_defaults(**defaults)

@@ -35,6 +35,12 @@ PACKAGES = {
 }
 
 
+def skip_without_data(name: str):
+  for package in PACKAGES[name]:
+    if not list(data.folder().glob(f"{package}[-_]*")):
+      pytest.skip(f"{package} is not there: run `make data`")
+
+
 def test_shakespeare(tmp_path, capsys):
   formats = "fp32,bf16,bf16+8/fp32,fp16+8/fp32"
   shakespeare.main([*SMALL, "--out", str(tmp_path), "--format", formats])
@@ -63,9 +69,7 @@ def test_shakespeare_release(tmp_path):
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_quick(name, tmp_path, capsys):
-  for package in PACKAGES[name]:
-    if not list(data.folder().glob(f"{package}[-_]*")):
-      pytest.skip(f"{package} is not there: run `make data`")
+  skip_without_data(name)
   options = ["--quick", "--format", "bf16+8/int8", "--out", str(tmp_path)]
   importlib.import_module(f"examples.{name}").main(options)
   (result,) = json.loads((tmp_path / f"{name}.json").read_text())
@@ -82,9 +86,7 @@ def test_quick(name, tmp_path, capsys):
 def test_release_is_the_plain_step(name):
   """Batch statistics, several formats and the projection of parameters are released, too."""
   module = importlib.import_module(f"examples.{name}")
-  for package in PACKAGES[name]:
-    if not list(data.folder().glob(f"{package}[-_]*")):
-      pytest.skip(f"{package} is not there: run `make data`")
+  skip_without_data(name)
   make_optimizer = getattr(module, "make_optimizer", training.make_optimizer)
   options = "--format bf16+8/int8 --quick --batch 8 --steps 3".split()
   losses = []
