@@ -74,6 +74,9 @@ OURS = {
 def transformations(draw):
   """One of Optax with ours at a random place; the formats of the weights."""
   weights = draw(st.sampled_from(FORMATS[:-1]))
+  if draw(st.booleans()):  # mixed dtypes
+    by_name = draw(st.fixed_dictionaries(dict.fromkeys("abcde", st.sampled_from(FORMATS))))
+    weights = lambda path, leaf: by_name[path[-1].key]
   where = draw(st.sampled_from(["around", "behind", "ours", "quantized", "masked", "partition"]))
   front = [IN_FRONT[name]() for name in draw(st.lists(st.sampled_from(list(IN_FRONT)), max_size=2))]
   inner = INNER[draw(st.sampled_from(list(INNER)))]()
