@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from optax_lowmem import _session, _tree
+from pallas_kernels.all_finite import all_finite, scaled
 
 
 class LossScaleState(NamedTuple):
@@ -218,7 +219,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
   def update_fn(updates, state, params=None, **extra_args):
     inverse = 1.0 / state.scale
     unscaled = jax.tree.map(lambda g: unscale(g, inverse), updates)
-    finite = _all_finite(unscaled)
+    finite = _all_finite(updates, inverse)
     session = _session.current(_session.StepSession)
     if session is None:
       is_settled, guarded = lambda x: False, contextlib.nullcontext()
@@ -250,18 +251,12 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
 
 def unscale(g, inverse):
   """A gradient in float32 (or wider), times the factor; what has no derivative stays."""
-  if not _tree.is_inexact(g):
-    return g
-  g = jnp.asarray(g)
-  dtype = jnp.promote_types(g.dtype, jnp.float32)
-  return g.astype(dtype) * inverse.astype(jnp.finfo(dtype).dtype)
+  return scaled(jnp.asarray(g), inverse) if _tree.is_inexact(g) else g
 
 
-def _all_finite(grads) -> jax.Array:
-  leaves = [g for g in jax.tree.leaves(grads) if _tree.is_inexact(g)]
-  if not leaves:
-    return jnp.array(True)
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
+def _all_finite(grads, inverse) -> jax.Array:
+  leaves = [jnp.asarray(g) for g in jax.tree.leaves(grads) if _tree.is_inexact(g)]
+  return all_finite(leaves, inverse)
 
 
 def _new_if(finite, new, old):

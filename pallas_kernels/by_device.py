@@ -32,8 +32,8 @@ def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) ->
   Args:
     programs: by kind of device: "any" (needed), "gpu", "mosaic_gpu" (one
       NVIDIA GPU that the kernels compile for), "mosaic_gpus" (several such, in
-      one program that XLA partitions), "gpus" (any others) and "cpu" (one CPU
-      device). They close over no tracers.
+      one program that XLA partitions), "gpus" (any others), "cpu" (one CPU
+      device) and "cpus". They close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
     on_each: whether the programs run the same on each of several devices
       (`jax.shard_map`): the device is then any of them.
@@ -102,7 +102,7 @@ def _kind(devices, platforms) -> str:
   (kind,) = kinds if len(kinds) == 1 else ("any",)
   if len(devices) == 1 or kind == "any":
     return kind
-  return {"mosaic_gpu": "mosaic_gpus", "gpu": "gpus"}.get(kind, "any")
+  return kind + "s"
 
 
 def _kind_of_one(device, platforms) -> str:

@@ -140,17 +140,32 @@ def test_no_communication(name, kind, how):
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 def test_one_scalar_for_the_finite_check_and_one_for_a_norm(kind):
-  """On a mesh of one axis; else one for each set of axes that a leaf is sharded over."""
+  """Of a norm, one for each set of axes that a leaf is sharded over, which is Optax's and XLA's."""
   tx = lowmem.dynamic_loss_scale(OPTIMIZERS["adamw"](), init_scale=8.0)
-  _, found = trained(tx, EVEN, mesh_of(4, 2, kind), steps=1)
-  assert 0 < len(found) <= 3 and {x for _, x in found} == {"all-reduce"}
-  assert all(re.fullmatch(r"\(?(pred\[\](, )?)+\)?", shape) for shape, _ in found), found
-  _, found = trained(tx, EVEN, mesh_of(4, 1, kind), steps=1)
-  assert [operation for _, operation in found] == ["all-reduce"] and "pred[]" in found[0][0]
+  for shape in ((4, 2), (4, 1)):
+    _, found = trained(tx, EVEN, mesh_of(*shape, kind), steps=1)
+    assert [operation for _, operation in found] == ["all-reduce"] and "pred[]" in found[0][0]
   clipped = optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(1e-2))
   _, found = trained(clipped, EVEN, mesh_of(4, 2, kind), steps=1)
   assert {operation for _, operation in found} == {"all-reduce"}
   assert all(re.fullmatch(r"\(?(f32\[\](, )?)+\)?", shape) for shape, _ in found), found
+
+
+def test_finite_check_of_uneven_shards():
+  """XLA pads them, here with 1 / 0."""
+  sharding = NamedSharding(mesh_of(4, 2), P("data", "model"))
+
+  @jax.jit
+  def check(x, scale):
+    x = 1 / jax.lax.with_sharding_constraint(x, sharding)
+    tx = lowmem.dynamic_loss_scale(optax.sgd(0.1))
+    state = tx.init({"w": x})._replace(scale=scale)
+    return tx.update({"w": x}, state)[1].skipped
+
+  x = jnp.ones((10, 7))
+  assert check(x, 1.0) == 0
+  assert check(x.at[9, 6].set(0), 1.0) == 1
+  assert check(x, 1e-39) == 1  # only unscaled is it too large
 
 
 @pytest.mark.thorough
