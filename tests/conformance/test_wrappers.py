@@ -252,11 +252,6 @@ for _subject in ALL:
     if not _only:
       continue
     _module = suites.load(_name, _subject)
-    if _subject in (
-      DYNAMIC,
-      STATIC,
-    ):  # of two loss scales, one around the other, nothing could be said
-      _modules = {name: module for name, module in _modules.items() if name != "combine"}
     _wrapped = {name: suites.Wrapped(module, _subject) for name, module in _modules.items()}
     for _attribute, _proxy in _wrapped.items():
       setattr(_module, _attribute, _proxy)
