@@ -50,7 +50,7 @@ class DLRM:
     """Float32 parameters, a top-level entry for each layer."""
     keys = jax.random.split(key, len(self.rows) + 2)
     params = {
-      f"table_{i}": jax.random.normal(keys[i], (n, self.width)) * self.width**-0.5
+      f"table_{i}": jax.random.uniform(keys[i], (n, self.width), minval=-1, maxval=1) * n**-0.5
       for i, n in enumerate(self.rows)
     }
     pairs = (len(self.rows) + 1) * len(self.rows) // 2
@@ -115,9 +115,9 @@ def make_parser():
     __doc__,
     {"width": 16},
     {"steps": 150},
-    steps=1500,
+    steps=1000,
     batch=256,
-    learning_rate=2e-3,
+    learning_rate=3e-4,
     top=(128, 64),
   )
 

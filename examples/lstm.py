@@ -53,9 +53,9 @@ def make_task(args, dtype) -> training.Task:
 
 def make_parser():
   """The options."""
-  sizes, quick = {"width": 192, "layers": 2, "context": 48}, {"steps": 60, "width": 64}
+  sizes, quick = {"width": 128, "layers": 1, "context": 32}, {"steps": 60, "width": 64}
   return training.make_parser(
-    "lstm", __doc__, sizes, quick, steps=1000, batch=32, learning_rate=3e-3, clip_norm=1.0
+    "lstm", __doc__, sizes, quick, steps=800, batch=32, learning_rate=3e-3, clip_norm=1.0
   )
 
 

@@ -30,15 +30,23 @@ LOW_ROUNDING = tuple(
   for dtype, bits in itertools.product(("bf16", "fp16"), (0, 1, 2, 3, 4))
 ) + tuple(f"{dtype}+3:stochastic/fp32" for dtype in ("bf16", "fp16"))
 STATISTICS = ("bf16+8/int8", "bf16+8/bf16", "fp16+8/int8", "bf16+0/int8")
-SHORT = ("fp32", "master-bf16", "bf16", "bf16+0/int8", "bf16+8/fp32", "bf16+8/int8", "fp16+8/int8")
+SHORT = (
+  *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
+  *("bf16+8/fp32", "bf16+8/int8", "fp16+8/int8"),
+)
+CLIP = (
+  *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+8/fp32"),
+  *("bf16+8/bf16", "bf16+8/int8"),
+)
+T5 = "--layers 1 --width 64 --hidden 128 --steps 400"
 # What each example is trained with: formats, and options besides its own.
 PLAN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-  "t5": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
+  "t5": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), tuple(T5.split())),
   "dlrm": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
   "lstm": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
-  "resnet18": (SHORT, ()),
+  "resnet18": (SHORT, ("--width", "8", "--steps", "300")),
   "dcgan": (SHORT, ()),
-  "clip": (SHORT, ()),
+  "clip": (CLIP, ()),
   "shakespeare": (SHORT, ()),
 }
 

@@ -98,8 +98,8 @@ class T5:
     norm = {"scale": jnp.ones(s.width)}
     normal = lambda *shape: jax.random.normal(next(keys), shape)
     params = {
-      "source": normal(self.vocabularies[0], s.width),
-      "target": normal(self.vocabularies[1], s.width),
+      "source": normal(self.vocabularies[0], s.width) * s.width**-0.5,
+      "target": normal(self.vocabularies[1], s.width) * s.width**-0.5,
       "source_bias": normal(BUCKETS, s.heads) * s.width**-0.5,
       "target_bias": normal(BUCKETS, s.heads) * s.width**-0.5,
       "source_norm": norm,

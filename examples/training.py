@@ -103,7 +103,8 @@ def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
 
   Args:
     fmt: of weights and statistics.
-    args: the options: optimizer, learning_rate, steps, clip_norm, release.
+    args: the options: optimizer, learning_rate, weight_decay (None is as above),
+      steps, clip_norm, release.
     seed: of stochastic rounding.
     weights: formats by leaf in the place of `fmt.weights` for every leaf that
       is not a vector or a scalar (those stay in float32).
@@ -115,7 +116,11 @@ def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
   warmup = min(max(args.steps // 20, 1), args.steps - 1)
   schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
   if "weight_decay" in options:
-    options = options | {"mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)}
+    decay = args.weight_decay or options["weight_decay"]
+    options = options | {
+      "weight_decay": decay,
+      "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+    }
   if fmt.weights is None:
     tx = theirs(schedule, **options)
   else:
@@ -292,7 +297,7 @@ def make_parser(
     add(flag(size), type=positive(int), default=default, help="(%(default)s)")
   short = ", ".join(f"{flag(option)} {value}" for option, value in quick.items())
   add("--quick", action="store_true", help=f"a minute's run: {short}")
-  parser.set_defaults(checkpointing=False, quick_options=quick)
+  parser.set_defaults(checkpointing=False, weight_decay=None, quick_options=quick)
   parser.set_defaults(**defaults)
   return parser
 

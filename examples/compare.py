@@ -1,0 +1,107 @@
+"""A format against fp32, over the seeds of a sweep.
+
+A format is not worse than fp32 if the mean of its paired differences (same seed: same weights,
+same batches) is at most two standard errors, or at most 0.5% of fp32's figure.
+"""
+
+import collections
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from examples import sweep
+
+TOLERANCE = 0.005
+HIGHER_IS_BETTER = ("accuracy", "AUC", "words right", "R@1", "R@5", "R@10")
+
+
+class Comparison(NamedTuple):
+  """A format against fp32, over seeds.
+
+  Attributes:
+    mean: of the figure.
+    base: fp32's.
+    worse: mean of the paired differences; above zero is worse.
+    error: their standard error.
+    seeds: how many.
+  """
+
+  mean: float
+  base: float
+  worse: float
+  error: float
+  seeds: int
+
+  @property
+  def relative(self) -> float:
+    """How much worse, over fp32's figure."""
+    return self.worse / abs(self.base)
+
+  @property
+  def is_good(self) -> bool:
+    """Whether the format is not worse than fp32."""
+    return bool(self.worse <= 2 * self.error or self.relative <= TOLERANCE)
+
+
+Runs = dict[str, dict[int, dict]]  # by format and seed
+
+
+def load(path: pathlib.Path) -> Runs:
+  """The results of an example."""
+  runs: Runs = collections.defaultdict(dict)
+  for line in path.read_text().splitlines():
+    result = json.loads(line)
+    runs[result["format"]][result["seed"]] = result
+  return runs
+
+
+def metric_of(runs: Runs) -> str:
+  """The figure that formats are compared by: an example's first."""
+  return next(iter(next(iter(runs["fp32"].values()))["figures"]))
+
+
+def compare(runs: Runs, fmt: str) -> Comparison:
+  """A format against fp32; runs that did not stay finite are as bad as can be."""
+  metric = metric_of(runs)
+  seeds = sorted(set(runs["fp32"]) & set(runs[fmt]))
+  base, values = (
+    np.array([runs[f][seed]["figures"][metric] for seed in seeds]) for f in ("fp32", fmt)
+  )
+  sign = -1 if metric.split()[-1] in HIGHER_IS_BETTER or metric in HIGHER_IS_BETTER else 1
+  worse, error = sign * (values - base), 0.0
+  if not np.all(np.isfinite(worse)):
+    worse = np.full(len(worse), np.inf)
+  elif len(worse) > 1:
+    error = worse.std(ddof=1) / np.sqrt(len(worse))
+  return Comparison(values.mean(), base.mean(), worse.mean(), error, len(seeds))
+
+
+def bits_name(dtype: str, bits: int, rounding: str) -> str:
+  """The sweep's name of a format."""
+  return f"{dtype}+{bits}:{rounding}/fp32"
+
+
+def enough_bits(runs: Runs, dtype: str, rounding: str) -> str:
+  """The least number of extra bits from which on no format of the sweep is worse."""
+  least = "none"
+  for bits in sorted(sweep.EXTRA_BITS, reverse=True):
+    name = bits_name(dtype, bits, rounding)
+    if name not in runs or not compare(runs, name).is_good:
+      break
+    least = str(bits)
+  return least
+
+
+def percent(c: Comparison) -> str:
+  """How much worse, for a table."""
+  return f"{c.relative:+.2%}" if np.isfinite(c.worse) else "not finite"
+
+
+def verdict(runs: Runs, fmt: str) -> str:
+  """How much worse a format is; bold if it counts as worse."""
+  if fmt not in runs:
+    return ""
+  c = compare(runs, fmt)
+  return percent(c) if c.is_good else f"**{percent(c)}**"
