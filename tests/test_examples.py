@@ -229,7 +229,8 @@ def test_results_can_tell(tmp_path, monkeypatch, capsys):
   is_good = {name: row.split(" | ")[4] for name, row in rows.items() if name.startswith("| `")}
   assert is_good["| `fp32`"] == is_good["| `better`"] == "yes"
   assert is_good["| `bf16`"] == is_good["| `worse`"] == "no"
-  assert rows["| lstm"].split(" | ")[:4] == ["bf16", "none", "4", "0 |"]
+  assert "\n| lstm | bf16 | none | 4 | 0 |\n" in page
+  assert "\n| lstm | bf16 | 1 |  | **+4.76%** | " in page
   assert (sweep.FOLDER / "bits_lstm.png").stat().st_size > 10_000
 
 
