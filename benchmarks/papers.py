@@ -22,7 +22,7 @@ from examples import clip, clip_model, dcgan, dlrm, resnet18, t5, training
 GIB = 2**30
 BASELINE = "master-bf16"
 ROWS = ("fp32", BASELINE, "bf16+8/int8", "bf16+8/int8 release", "bf16+0/int8 release")
-OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None)
+OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None, weight_decay=None)
 
 
 class Workload(NamedTuple):
