@@ -21,7 +21,17 @@ from examples import clip, clip_model, dcgan, dlrm, resnet18, t5, training
 
 GIB = 2**30
 BASELINE = "master-bf16"
-ROWS = ("fp32", BASELINE, "bf16+8/int8", "bf16+8/int8 release", "bf16+0/int8 release")
+KEPT, AGAIN, RELEASE = "kept", "computed again", "computed again; gradients released"
+# Formats, and what becomes of the activations of a layer (and of gradients).
+ROWS = (
+  ("fp32", KEPT),
+  (BASELINE, KEPT),
+  ("bf16+8/int8", KEPT),
+  (BASELINE, AGAIN),
+  ("bf16+8/int8", AGAIN),
+  ("bf16+8/int8", RELEASE),
+  ("bf16+0/int8", RELEASE),
+)
 OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None, weight_decay=None)
 
 
@@ -32,13 +42,11 @@ class Workload(NamedTuple):
     title: with its sizes.
     make: dtype -> the task.
     batch: shapes and dtypes.
-    checkpointing: whether the rows without release compute layers again, too.
   """
 
   title: str
   make: Callable[[Any], training.Task]
   batch: tuple[jax.ShapeDtypeStruct, ...]
-  checkpointing: bool = False
 
 
 def _task(init, loss_fn) -> training.Task:
@@ -94,7 +102,6 @@ WORKLOADS = {
     "T5-large, batch 8, 512 source and 128 target tokens",
     _t5_large,
     (_struct(I32, 8, 512), _struct(I32, 8, 129)),
-    checkpointing=True,
   ),
   "dlrm": Workload(
     "DLRM, four tables of 10M rows, batch 2048",
@@ -135,29 +142,29 @@ def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimiz
 
 
 def peaks_of(workload: Workload, place) -> list[dict]:
-  """A row for each format."""
+  """A row for each format and treatment of activations."""
   rows: list[dict] = []
-  for name in ROWS:
-    text, _, release = name.partition(" ")
-    fmt = training.parse_format(text)
+  bases = {}
+  for name, activations in ROWS:
+    fmt = training.parse_format(name)
     args = types.SimpleNamespace(
-      **OPTIONS, release=bool(release), checkpointing=workload.checkpointing
+      **OPTIONS, release=activations == RELEASE, checkpointing=activations == AGAIN
     )
     task = workload.make(fmt.dtype)
     program, count = compiled(task, fmt, args, place(workload.batch), place)
     peak = program.memory_analysis().peak_memory_in_bytes
-    rows.append({"format": name, "peak GiB": peak / GIB, "peak bytes/param": peak / count})
-    base = next((row["peak GiB"] for row in rows if row["format"] == BASELINE), None)
-    part = 16 * count / GIB  # float32 weights, gradients and two statistics
-    if base is not None and name != BASELINE:
-      less = base - rows[-1]["peak GiB"]
-      rows[-1] |= {
-        "lower by": f"{less / base:.0%}",
-        "of what there is to lower": f"{less / part:.0%}",
-      }
-    else:
-      rows[-1] |= {"lower by": "", "of what there is to lower": f"{part:.2f} GiB"}
-    log(rows[-1])
+    part = 16 * count  # float32 weights, gradients and two statistics
+    row = {"format": name, "activations": activations, "peak GiB": peak / GIB}
+    row |= {"peak bytes/param": peak / count, "lower by": "", "of what there is to lower": ""}
+    if name == BASELINE:
+      bases[activations] = peak
+      row["of what there is to lower"] = f"{part / GIB:.2f} GiB, {part / peak:.0%} of the peak"
+    elif bases:
+      less = bases[KEPT if activations == KEPT else AGAIN] - peak
+      row["lower by"] = f"{less / (less + peak):.0%}"
+      row["of what there is to lower"] = f"{less / part:.0%}"
+    rows.append(row)
+    log(row)
   return rows
 
 

@@ -45,9 +45,11 @@ DIRECTION = """One more bit lets the half-precision part, too, be rounded stocha
 zero. Bias is the mean of low - x in steps of low, for x uniform between 1 and 2: with k extra
 bits one value in 2^k is a tie, and half a step too large."""
 MEMORY = """Peak memory of a whole training step (AdamW; gradients, activations and batch included),
-compiled for H100s with JAX {jax}, commit {commit}, {date}; nothing was run. "Lower by" is against
-master-bf16: float32 weights, gradients and statistics, a model that computes in bfloat16. What
-there is to lower are its 16 bytes a parameter of weights, gradients and two statistics."""
+compiled for H100s with JAX {jax}, commit {commit}, {date}; nothing was run. Activations are kept,
+or those of each layer computed again in the backward pass (which gradient release does by itself).
+"Lower by" is against master-bf16 with the same: float32 weights, gradients and statistics, a model
+that computes in bfloat16. What there is to lower are its 16 bytes a parameter of weights,
+gradients and two statistics (the bound)."""
 TIME = """Of a training step on one CPU core, over fp32's, in the median. XLA:CPU computes in
 float32 what is stored in half precision and converts, so the models themselves are slower here.
 Nothing has been measured on a GPU; README has the optimizers' own times."""
@@ -193,13 +195,13 @@ def time(examples: dict[str, Runs]) -> list[str]:
 def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str]:
   """What the papers report, and what is found here."""
 
-  def lower(fmt):
+  def lower(activations):
     """By how much the peak of each of the papers' models is lower."""
     found = [
       f"{title.split(',')[0].split(' (')[0]} {row['lower by']}"
       for title, rows in tables.items()
       for row in rows
-      if row.get("format") == fmt
+      if (row.get("format"), row.get("activations")) == (GOAL, activations)
     ]
     return ", ".join(found)
 
