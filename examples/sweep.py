@@ -45,7 +45,7 @@ PLAN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   "dlrm": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
   "lstm": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
   "resnet18": (SHORT, ("--width", "8", "--steps", "300")),
-  "dcgan": (SHORT, ()),
+  "dcgan": (SHORT, ("--width", "8", "--steps", "500")),
   "clip": (CLIP, ()),
   "shakespeare": (SHORT, ()),
 }
