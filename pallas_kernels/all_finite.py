@@ -29,10 +29,11 @@ def all_finite(arrays: Sequence[jax.Array], factor: jax.Array) -> jax.Array:
   Returns:
     A bool of shape ().
   """
+  arrays = [x for x in arrays if x.size]  # jaxlib 0.11.2 dies of an empty one in a shard_map
   mesh = sharded.mesh_of(arrays)
   if mesh is None:
     partitioned = dict.fromkeys(("cpus", "gpus", "mosaic_gpus"), _partitioned)
-    return by_device({"any": _all_finite} | partitioned, list(arrays), factor)
+    return by_device({"any": _all_finite} | partitioned, arrays, factor)
   if any(kind != AxisType.Explicit for kind in mesh.axis_types):
     return _all_finite(arrays, factor)
   specs = [sharded.spec_of(x) for x in arrays]
@@ -42,7 +43,7 @@ def all_finite(arrays: Sequence[jax.Array], factor: jax.Array) -> jax.Array:
 
   in_specs = (specs, _EVERYWHERE)
   check = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=_EVERYWHERE, check_vma=False)
-  return check(list(arrays), factor)
+  return check(arrays, factor)
 
 
 def scaled(x, factor):

@@ -151,23 +151,6 @@ def test_one_scalar_for_the_finite_check_and_one_for_a_norm(kind):
   assert all(re.fullmatch(r"\(?(f32\[\](, )?)+\)?", shape) for shape, _ in found), found
 
 
-def test_finite_check_of_uneven_shards():
-  """XLA pads them, here with 1 / 0."""
-  sharding = NamedSharding(mesh_of(4, 2), P("data", "model"))
-
-  @jax.jit
-  def check(x, scale):
-    x = 1 / jax.lax.with_sharding_constraint(x, sharding)
-    tx = lowmem.dynamic_loss_scale(optax.sgd(0.1))
-    state = tx.init({"w": x})._replace(scale=scale)
-    return tx.update({"w": x}, state)[1].skipped
-
-  x = jnp.ones((10, 7))
-  assert check(x, 1.0) == 0
-  assert check(x.at[9, 6].set(0), 1.0) == 1
-  assert check(x, 1e-39) == 1  # only unscaled is it too large
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2)])
 @pytest.mark.parametrize("name", ["adamw", "lion exact"])
