@@ -27,7 +27,8 @@ import optax_lowmem as lowmem
 import pallas_kernels
 
 GOAL = "bf16+8/int8"
-TIMED = ("fp32", "master-bf16", "bf16", "bf16+8/fp32", GOAL)
+EIGHT = "bf16+8:stochastic/fp32"
+TIMED = ("fp32", "master-bf16", "bf16", EIGHT, GOAL)
 
 INTRODUCTION = """Made by `python -m examples.results` from what `make sweep` left in
 [results/](results) and `python -m benchmarks.papers` in benchmarks/results. The examples are small
@@ -45,11 +46,12 @@ DIRECTION = """One more bit lets the half-precision part, too, be rounded stocha
 zero. Bias is the mean of low - x in steps of low, for x uniform between 1 and 2: with k extra
 bits one value in 2^k is a tie, and half a step too large."""
 MEMORY = """Peak memory of a whole training step (AdamW; gradients, activations and batch included),
-compiled for H100s with JAX {jax}, commit {commit}, {date}; nothing was run. Activations are kept,
-or those of each layer computed again in the backward pass (which gradient release does by itself).
-"Lower by" is against master-bf16 with the same: float32 weights, gradients and statistics, a model
-that computes in bfloat16. What there is to lower are its 16 bytes a parameter of weights,
-gradients and two statistics (the bound)."""
+compiled for H100s with JAX {jax}, {date}; nothing was run. Activations are kept, or those of each
+layer computed again in the backward pass (which gradient release does by itself). "Lower by" is
+against master-bf16 with the same: float32 weights, gradients and statistics, a model that computes
+in bfloat16. The last column divides that by the baseline's weights and statistics, 12 bytes a
+parameter at every moment (its gradients come and go): `bf16+8` with 8-bit statistics keeps 5.13 of
+them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%."""
 TIME = """Of a training step on one CPU core, over fp32's, in the median. XLA:CPU computes in
 float32 what is stored in half precision and converts, so the models themselves are slower here.
 Nothing has been measured on a GPU; README has the optimizers' own times."""
@@ -160,9 +162,14 @@ def bias(dtype: str, bits: int, low_rounding: str) -> float:
 
 
 def memory_tables() -> dict:
-  """What `python -m benchmarks.papers` found."""
+  """What `python -m benchmarks.papers` found: versions, date, and the tables of all workloads."""
   folder = pathlib.Path(__file__).parent.parent / "benchmarks/results"
-  return json.loads((folder / "papers_h100_compile.json").read_text())
+  order = ("parameters", "t5", "dlrm", "resnet18", "dcgan", "clip")
+  paths = [folder / f"papers_{name}_h100_compile.json" for name in order]
+  found = [json.loads(path.read_text()) for path in paths if path.exists()]
+  tables = {title: rows for one in found for title, rows in one["tables"].items()}
+  versions = {key: ", ".join(sorted({one[key] for one in found})) for key in ("jax", "date")}
+  return versions | {"tables": tables}
 
 
 def memory(found: dict) -> list[str]:
@@ -219,10 +226,10 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
   rows = [
     (
       "2309.12381: peak memory lower by 25%, by 54% with parameters alone",
-      lower(f"{GOAL} release"),
+      lower("computed again; gradients released"),
     ),
-    ("the same without gradient release", lower(GOAL)),
-    ("2309.12381: accuracy is kept (8 extra bits)", f"`bf16+8/fp32`: {held('bf16+8/fp32')}"),
+    ("the same without gradient release", lower("kept")),
+    ("2309.12381: accuracy is kept (8 extra bits)", f"`{EIGHT}`: {held(EIGHT)}"),
     ("the same, with 8-bit statistics", f"`{GOAL}`: {held(GOAL)}"),
     (
       "2309.12381: stochastic rounding in the place of extra bits, against truncation",

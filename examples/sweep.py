@@ -32,10 +32,11 @@ LOW_ROUNDING = tuple(
 STATISTICS = ("bf16+8/int8", "bf16+8/bf16", "fp16+8/int8", "bf16+0/int8")
 SHORT = (
   *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
-  *("bf16+8/fp32", "bf16+8/int8", "fp16+8/int8"),
+  *("bf16+8:stochastic/fp32", "bf16+8/int8", "fp16+8/int8"),
 )
 CLIP = (
-  *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+8/fp32"),
+  *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32"),
+  "bf16+8:stochastic/fp32",
   *("bf16+8/bf16", "bf16+8/int8"),
 )
 T5 = "--layers 1 --width 64 --hidden 128 --steps 400"
