@@ -33,6 +33,9 @@ ROWS = (
   ("bf16+8/int8", RELEASE),
   ("bf16+0/int8", RELEASE),
 )
+# To hide communication, XLA's scheduler computes the layers' activations again long before they
+# are needed, on several devices, and then keeps them all.
+IN_ORDER = {"xla_gpu_enable_latency_hiding_scheduler": False}
 OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None, weight_decay=None)
 
 
@@ -120,7 +123,7 @@ WORKLOADS = {
 }
 
 
-def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimizer):
+def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimizer, options=None):
   """A compiled training step.
 
   Args:
@@ -130,6 +133,7 @@ def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimiz
     batch: structs on devices.
     place: tree of structs -> the same on devices.
     make_optimizer: as `training.train` takes it.
+    options: of the compiler.
 
   Returns:
     The program, and the number of parameters.
@@ -139,7 +143,7 @@ def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimiz
   params, opt_state = jax.eval_shape(lambda p: training.init(fmt, tx, p), params32)
   step = training.make_step(task, tx, args, training.is_released(fmt, args))
   traced = jax.jit(step, donate_argnums=(0, 1, 2)).trace(*place((params, opt_state, kept)), *batch)
-  return traced.lower().compile(), sum(x.size for x in jax.tree.leaves(params))
+  return traced.lower().compile(options), sum(x.size for x in jax.tree.leaves(params))
 
 
 def peaks_of(workload: Workload, place) -> list[dict]:
@@ -233,7 +237,7 @@ def clip_peaks(devices) -> list[dict]:
 
     task = _task(lambda key, model=model: (model.init(key), {}), loss)
     task = task._replace(project=clip_model.clip_temperature)
-    program, _ = compiled(task, fmt, args, on(cut)(batch), on(whole), clip.make_optimizer)
+    program, _ = compiled(task, fmt, args, on(cut)(batch), on(whole), clip.make_optimizer, IN_ORDER)
     stats = program.memory_analysis()
     rows.append(
       {

@@ -34,11 +34,7 @@ SHORT = (
   *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
   *("bf16+8:stochastic/fp32", "bf16+8/int8", "fp16+8/int8"),
 )
-CLIP = (
-  *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32"),
-  "bf16+8:stochastic/fp32",
-  *("bf16+8/bf16", "bf16+8/int8"),
-)
+CLIP = (*SHORT[:4], "bf16+8:stochastic/fp32", "bf16+8/bf16", "bf16+8/int8")
 T5 = "--layers 1 --width 64 --hidden 128 --steps 400"
 # What each example is trained with: formats, and options besides its own.
 PLAN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
