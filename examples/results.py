@@ -102,61 +102,70 @@ def plot(runs: Runs, title: str, path: pathlib.Path):
   plt.close(fig)
 
 
-def answers(examples: dict[str, Runs]) -> list[str]:
-  """Whether the goal holds, how many bits are needed, where stochastic rounding matters."""
-  lines = [
-    "## Is anything lost?",
-    "",
-    "`bf16+8/int8` against fp32, and the formats that are worse.",
-  ]
-  lines += [
-    "",
-    "| example | figure | fp32 | worse by | standard error | relative | not worse | worse |",
-  ]
-  lines += ["|" + " --- |" * 8]
+def markdown(columns: list[str], rows) -> list[str]:
+  """The lines of a table."""
+  line = lambda cells: f"| {' | '.join(cells)} |"
+  return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
+
+
+def swept(examples: dict[str, Runs]) -> dict[str, Runs]:
+  """The examples with all bits and roundings."""
+  return {name: runs for name, runs in examples.items() if bits_name("bf16", 0, "nearest") in runs}
+
+
+def lost(examples: dict[str, Runs]) -> list[str]:
+  """Whether the goal holds in each example, and what does not."""
+  rows = []
   for name, runs in examples.items():
     if GOAL not in runs:
       continue
-    c = compare(runs, GOAL)
-    fails = sorted(
-      (f for f in runs if not compare(runs, f).is_good), key=lambda f: compare(runs, f).worse
-    )
-    worst = [f"`{f}` {percent(compare(runs, f))}" for f in fails]
+    c, found = compare(runs, GOAL), {fmt: compare(runs, fmt) for fmt in runs}
+    fails = sorted((f for f in runs if not found[f].is_good), key=lambda f: found[f].worse)
+    worst = [f"`{f}` {percent(found[f])}" for f in fails]
     if len(worst) > 3:
       worst = [worst[0], f"{len(worst) - 2} more", worst[-1]]
-    lines.append(
-      f"| {name} | {metric_of(runs)} | {c.base:.4f} | {c.worse:+.4f} | {c.error:.4f}"
-      f" | {percent(c)} | {'yes' if c.is_good else 'no'} | {', '.join(worst) or 'none'} |"
-    )
-  swept = {name: runs for name, runs in examples.items() if bits_name("bf16", 0, "nearest") in runs}
-  roundings = " | ".join(sweep.ROUNDINGS)
-  lines += ["", "## How many extra bits are enough?", "", ENOUGH, ""]
-  lines += [f"| example | dtype | {roundings} |", "|" + " --- |" * 5]
-  for name, runs in swept.items():
-    for dtype in ("bf16", "fp16"):
-      found = [enough_bits(runs, dtype, rounding) for rounding in sweep.ROUNDINGS]
-      lines.append(f"| {name} | {dtype} | " + " | ".join(found) + " |")
+    figures = [f"{c.base:.4f}", f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c)]
+    answer = "yes" if c.is_good else "no"
+    rows.append([name, metric_of(runs), *figures, answer, ", ".join(worst) or "none"])
+  columns = ["example", "figure", "fp32", "worse by", "standard error", "relative", "not worse"]
+  title = f"`{GOAL}` against fp32, and the formats that are worse."
+  return ["## Is anything lost?", "", title, "", *markdown([*columns, "worse"], rows)]
+
+
+def extra_bits(examples: dict[str, Runs]) -> list[str]:
+  """How many bits are needed, and where stochastic rounding matters."""
+  least = [
+    [name, dtype, *(enough_bits(runs, dtype, rounding) for rounding in sweep.ROUNDINGS)]
+    for name, runs in swept(examples).items()
+    for dtype in HALF
+  ]
+  worse = [
+    [name, dtype, str(k), *(verdict(runs, bits_name(dtype, k, r)) for r in sweep.ROUNDINGS)]
+    for name, runs in swept(examples).items()
+    for dtype, k in itertools.product(HALF, sweep.EXTRA_BITS)
+  ]
+  lines = ["## How many extra bits are enough?", "", ENOUGH, ""]
+  lines += markdown(["example", "dtype", *sweep.ROUNDINGS], least)
   lines += ["", "## Where does stochastic rounding matter?", "", "How much worse than fp32:", ""]
-  lines += [f"| example | dtype | extra bits | {roundings} |", "|" + " --- |" * 6]
-  for name, runs in swept.items():
-    for dtype, bits in itertools.product(("bf16", "fp16"), sweep.EXTRA_BITS):
-      found = [verdict(runs, bits_name(dtype, bits, rounding)) for rounding in sweep.ROUNDINGS]
-      lines.append(f"| {name} | {dtype} | {bits} | " + " | ".join(found) + " |")
-  lines += ["", "## The direction bit", "", DIRECTION, ""]
-  lines += ["| dtype | extra bits | bias: nearest | stochastic |"]
-  lines[-1] += "".join(f" {name}: nearest | stochastic |" for name in swept)
-  lines += ["|" + " --- |" * (4 + 2 * len(swept))]
-  for dtype, bits in itertools.product(("bf16", "fp16"), range(5)):
-    biases = [f"{bias(dtype, bits, low):+.4f}" for low in ("nearest", "stochastic")]
-    name = bits_name(dtype, bits, "stochastic")
-    pairs = (name, name.replace(":stochastic", ":stochastic:stochastic"))
-    found = [verdict(runs, fmt) for runs in swept.values() for fmt in pairs]
-    lines.append(f"| {dtype} | {bits} | " + " | ".join([*biases, *found]) + " |")
-  return lines
+  return lines + markdown(["example", "dtype", "extra bits", *sweep.ROUNDINGS], worse)
+
+
+def direction(examples: dict[str, Runs]) -> list[str]:
+  """What ties away from zero do, and a bit against it."""
+  columns = ["dtype", "extra bits", "bias: nearest", "stochastic"]
+  for name in swept(examples):
+    columns += [f"{name}: nearest", "stochastic"]
+  rows = []
+  for dtype, k in itertools.product(HALF, range(5)):
+    biases = [f"{bias(dtype, k, low):+.4f}" for low in ("nearest", "stochastic")]
+    pair = [bits_name(dtype, k, rounding) for rounding in ("stochastic", "stochastic:stochastic")]
+    found = [verdict(runs, fmt) for runs in swept(examples).values() for fmt in pair]
+    rows.append([dtype, str(k), *biases, *found])
+  return ["## The direction bit", "", DIRECTION, "", *markdown(columns, rows)]
 
 
 def bias(dtype: str, bits: int, low_rounding: str) -> float:
-  """By how many of low's steps |low| is above |x| in the mean, for uniform x between 1 and 2."""
+  """The mean of low - x in steps of low, for uniform x between 1 and 2."""
   fmt = lowmem.DeltaFormat(HALF[dtype], bits, "stochastic", low_rounding)
   x = np.random.default_rng(0).uniform(1, 2, 1 << 20).astype(np.float32)
   low, _ = pallas_kernels.split(x, fmt, key=0)
@@ -178,28 +187,24 @@ def memory_tables() -> dict:
 def memory(found: dict) -> list[str]:
   """What the papers' models take at their full sizes."""
   lines = ["## What it costs in memory", "", MEMORY.format(**found)]
+  text = lambda v: f"{v:.2f}" if isinstance(v, float) else str(v)
   for title, rows in found["tables"].items():
-    lines += ["", f"### {title}", "", "| " + " | ".join(rows[0]) + " |"]
-    lines += ["|" + " --- |" * len(rows[0])]
-    for row in rows:
-      cells = (f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values())
-      lines.append("| " + " | ".join(cells) + " |")
+    cells = [map(text, row.values()) for row in rows]
+    lines += ["", f"### {title}", "", *markdown(list(rows[0]), cells)]
   return lines
 
 
 def time(examples: dict[str, Runs]) -> list[str]:
   """What a step of the examples took."""
-  lines = ["## What it costs in time", "", TIME, ""]
-  lines += ["| example | " + " | ".join(f"`{fmt}`" for fmt in TIMED) + " |"]
-  lines += ["|" + " --- |" * (1 + len(TIMED))]
+  rows = []
   for name, runs in examples.items():
     times = [
       np.median([r["seconds_per_step"] for r in runs[fmt].values()]) if fmt in runs else 0
       for fmt in TIMED
     ]
-    cells = (f"{t / times[0]:.2f}" if t else "" for t in times)
-    lines.append(f"| {name} | " + " | ".join(cells) + " |")
-  return lines
+    rows.append([name, *(f"{t / times[0]:.2f}" if t else "" for t in times)])
+  columns = ["example", *(f"`{fmt}`" for fmt in TIMED)]
+  return ["## What it costs in time", "", TIME, "", *markdown(columns, rows)]
 
 
 def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str]:
@@ -248,15 +253,17 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
       "; ".join(recipe),
     ),
   ]
-  lines = ["## Beside the papers", "", "| what they report | found here |", "| --- | --- |"]
-  return lines + [f"| {claim} | {found} |" for claim, found in rows]
+  columns = ["what they report", "found here"]
+  return ["## Beside the papers", "", *markdown(columns, rows)]
 
 
 def page(examples: dict[str, Runs]) -> str:
   """The text of docs/results.md."""
   found = memory_tables()
   lines = ["# The papers' experiments", "", INTRODUCTION]
-  for part in (answers(examples), claims(examples, found["tables"]), memory(found), time(examples)):
+  parts = [lost(examples), extra_bits(examples), direction(examples)]
+  parts += [claims(examples, found["tables"]), memory(found), time(examples)]
+  for part in parts:
     lines += ["", *part]
   for name, runs in examples.items():
     lines += ["", f"## {name}", "", *table(runs)]
