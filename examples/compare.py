@@ -13,6 +13,7 @@ import numpy as np
 
 from examples import sweep
 
+GOAL = "bf16+8/int8"
 TOLERANCE = 0.005
 HIGHER_IS_BETTER = ("accuracy", "AUC", "words right", "R@1", "R@5", "R@10")
 
@@ -105,3 +106,9 @@ def verdict(runs: Runs, fmt: str) -> str:
     return ""
   c = compare(runs, fmt)
   return percent(c) if c.is_good else f"**{percent(c)}**"
+
+
+def markdown(columns: list[str], rows) -> list[str]:
+  """The lines of a table."""
+  line = lambda cells: f"| {' | '.join(cells)} |"
+  return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]

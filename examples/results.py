@@ -1,7 +1,6 @@
 """Makes docs/results.md and its plots from what `make sweep` left in docs/results/."""
 
 import itertools
-import json
 import pathlib
 
 import jax.numpy as jnp
@@ -12,12 +11,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from examples import sweep
+from examples.claims import claims, memory, memory_tables, time
 from examples.compare import (
+  GOAL,
   Runs,
   bits_name,
   compare,
   enough_bits,
   load,
+  markdown,
   metric_of,
   percent,
   verdict,
@@ -25,10 +27,6 @@ from examples.compare import (
 from examples.training import HALF
 import optax_lowmem as lowmem
 import pallas_kernels
-
-GOAL = "bf16+8/int8"
-EIGHT = "bf16+8:stochastic/fp32"
-TIMED = ("fp32", "master-bf16", "bf16", EIGHT, GOAL)
 
 INTRODUCTION = """Made by `python -m examples.results` from what `make sweep` left in
 [results/](results) and `python -m benchmarks.papers` in benchmarks/results. The examples are small
@@ -39,44 +37,30 @@ zero is worse. Formats are named weights/statistics: `fp32`, `bf16` and `fp16` a
 weights of that dtype, `master-bf16` is Optax with float32 weights and a model that computes in
 bfloat16; the rest are this library's, with stochastic rounding where none is named. Vectors
 (biases, gains) stay in float32 in this library's formats."""
+MASTER = "master-bf16"
+LOST = f"""`{GOAL}` against fp32, and the formats that are worse. `{MASTER}` beside it stores
+everything in float32 and only computes in bfloat16: what it loses, no way of storing weights
+can win back."""
 ENOUGH = """The least number of extra bits (of those tried: 0, 1, 2, 4, 8, 16; float32 statistics)
 from which on no format is worse than fp32. 16 bits beside bfloat16 are float32 itself."""
 DIRECTION = """One more bit lets the half-precision part, too, be rounded stochastically
 (`low_rounding="stochastic"`; 2309.12381's direction bit), where "nearest" sends ties away from
 zero. Bias is the mean of low - x in steps of low, for x uniform between 1 and 2: with k extra
 bits one value in 2^k is a tie, and half a step too large."""
-MEMORY = """Peak memory of a whole training step (AdamW; gradients, activations and batch included),
-compiled for H100s with JAX {jax}, {date}; nothing was run. Activations are kept, or those of each
-layer computed again in the backward pass (which gradient release does by itself). "Lower by" is
-against master-bf16 with the same: float32 weights, gradients and statistics, a model that computes
-in bfloat16. The last column divides that by the baseline's weights and statistics, 12 bytes a
-parameter at every moment (its gradients come and go): `bf16+8` with 8-bit statistics keeps 5.13 of
-them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%.
-
-CLIP is compiled with xla_gpu_enable_latency_hiding_scheduler=False, without which XLA computes
-activations again long before they are needed, and everything takes 59 GiB a device."""
-TIME = """Of a training step on one CPU core, over fp32's, in the median. XLA:CPU computes in
-float32 what is stored in half precision and converts, so the models themselves are slower here.
-Nothing has been measured on a GPU; README has the optimizers' own times."""
 
 
 def table(runs: Runs) -> list[str]:
-  """Markdown rows: every format against fp32, and what it takes."""
-  metric = metric_of(runs)
-  lines = [
-    f"| format | {metric} | worse by | standard error | relative | not worse | seeds"
-    " | bytes a parameter | peak MB | ms a step |",
-    "|" + " --- |" * 10,
-  ]
+  """Every format against fp32, and what it takes."""
+  rows = []
   for fmt, by_seed in runs.items():
     c, one = compare(runs, fmt), next(iter(by_seed.values()))
     milliseconds = 1e3 * np.median([r["seconds_per_step"] for r in by_seed.values()])
-    lines.append(
-      f"| `{fmt}` | {c.mean:.4f} | {c.worse:+.4f} | {c.error:.4f} | {c.relative:+.2%}"
-      f" | {'yes' if c.is_good else 'no'} | {c.seeds} | {one['bytes_per_param']['total']:.2f}"
-      f" | {one['peak_bytes'] / 1e6:.1f} | {milliseconds:.1f} |"
-    )
-  return lines
+    figures = [f"{c.mean:.4f}", f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c)]
+    takes = [f"{one['bytes_per_param']['total']:.2f}", f"{one['peak_bytes'] / 1e6:.1f}"]
+    answer = "yes" if c.is_good else "no"
+    rows.append([f"`{fmt}`", *figures, answer, str(c.seeds), *takes, f"{milliseconds:.1f}"])
+  columns = ["format", metric_of(runs), "worse by", "standard error", "relative", "not worse"]
+  return markdown([*columns, "seeds", "bytes a parameter", "peak MB", "ms a step"], rows)
 
 
 def plot(runs: Runs, title: str, path: pathlib.Path):
@@ -102,12 +86,6 @@ def plot(runs: Runs, title: str, path: pathlib.Path):
   plt.close(fig)
 
 
-def markdown(columns: list[str], rows) -> list[str]:
-  """The lines of a table."""
-  line = lambda cells: f"| {' | '.join(cells)} |"
-  return [line(columns), "|" + " --- |" * len(columns), *map(line, rows)]
-
-
 def swept(examples: dict[str, Runs]) -> dict[str, Runs]:
   """The examples with all bits and roundings."""
   return {name: runs for name, runs in examples.items() if bits_name("bf16", 0, "nearest") in runs}
@@ -126,19 +104,26 @@ def lost(examples: dict[str, Runs]) -> list[str]:
       worst = [worst[0], f"{len(worst) - 2} more", worst[-1]]
     figures = [f"{c.base:.4f}", f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c)]
     answer = "yes" if c.is_good else "no"
-    rows.append([name, metric_of(runs), *figures, answer, ", ".join(worst) or "none"])
+    names = [name, metric_of(runs)]
+    rows.append([*names, *figures, answer, verdict(runs, MASTER), ", ".join(worst) or "none"])
   columns = ["example", "figure", "fp32", "worse by", "standard error", "relative", "not worse"]
-  title = f"`{GOAL}` against fp32, and the formats that are worse."
-  return ["## Is anything lost?", "", title, "", *markdown([*columns, "worse"], rows)]
+  columns += [f"`{MASTER}`", "worse formats"]
+  return ["## Is anything lost?", "", LOST, "", *markdown(columns, rows)]
 
 
 def extra_bits(examples: dict[str, Runs]) -> list[str]:
   """How many bits are needed, and where stochastic rounding matters."""
   least = [
     [name, dtype, *(enough_bits(runs, dtype, rounding) for rounding in sweep.ROUNDINGS)]
-    for name, runs in swept(examples).items()
     for dtype in HALF
+    for name, runs in swept(examples).items()
   ]
+  order = [*map(str, sweep.EXTRA_BITS), "none"]
+  for dtype in HALF:
+    found = [row[2:] for row in least if row[1] == dtype]
+    if found:
+      most = (max(column, key=order.index) for column in zip(*found, strict=True))
+      least.append([f"all {len(found)}", dtype, *most])
   worse = [
     [name, dtype, str(k), *(verdict(runs, bits_name(dtype, k, r)) for r in sweep.ROUNDINGS)]
     for name, runs in swept(examples).items()
@@ -171,90 +156,6 @@ def bias(dtype: str, bits: int, low_rounding: str) -> float:
   low, _ = pallas_kernels.split(x, fmt, key=0)
   step = float(jnp.finfo(HALF[dtype]).eps)
   return float(np.mean(np.asarray(low, np.float64) - x) / step)
-
-
-def memory_tables() -> dict:
-  """What `python -m benchmarks.papers` found: versions, date, and the tables of all workloads."""
-  folder = pathlib.Path(__file__).parent.parent / "benchmarks/results"
-  order = ("parameters", "t5", "dlrm", "resnet18", "dcgan", "clip")
-  paths = [folder / f"papers_{name}_h100_compile.json" for name in order]
-  found = [json.loads(path.read_text()) for path in paths if path.exists()]
-  tables = {title: rows for one in found for title, rows in one["tables"].items()}
-  versions = {key: ", ".join(sorted({one[key] for one in found})) for key in ("jax", "date")}
-  return versions | {"tables": tables}
-
-
-def memory(found: dict) -> list[str]:
-  """What the papers' models take at their full sizes."""
-  lines = ["## What it costs in memory", "", MEMORY.format(**found)]
-  text = lambda v: f"{v:.2f}" if isinstance(v, float) else str(v)
-  for title, rows in found["tables"].items():
-    cells = [map(text, row.values()) for row in rows]
-    lines += ["", f"### {title}", "", *markdown(list(rows[0]), cells)]
-  return lines
-
-
-def time(examples: dict[str, Runs]) -> list[str]:
-  """What a step of the examples took."""
-  rows = []
-  for name, runs in examples.items():
-    times = [
-      np.median([r["seconds_per_step"] for r in runs[fmt].values()]) if fmt in runs else 0
-      for fmt in TIMED
-    ]
-    rows.append([name, *(f"{t / times[0]:.2f}" if t else "" for t in times)])
-  columns = ["example", *(f"`{fmt}`" for fmt in TIMED)]
-  return ["## What it costs in time", "", TIME, "", *markdown(columns, rows)]
-
-
-def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str]:
-  """What the papers report, and what is found here."""
-
-  def lower(activations):
-    """By how much the peak of each of the papers' models is lower."""
-    found = [
-      f"{title.split(',')[0].split(' (')[0]} {row['lower by']}"
-      for title, rows in tables.items()
-      for row in rows
-      if (row.get("format"), row.get("activations")) == (GOAL, activations)
-    ]
-    return ", ".join(found)
-
-  recipe = [f"`{fmt}` {verdict(examples.get('clip', {}), fmt)}" for fmt in ("bf16+8/bf16", GOAL)]
-
-  def held(fmt):
-    """In which examples a format is not worse."""
-    there = {name: compare(runs, fmt) for name, runs in examples.items() if fmt in runs}
-    good = [name for name, c in there.items() if c.is_good]
-    bad = [f"{name} {percent(c)}" for name, c in there.items() if not c.is_good]
-    return f"not worse in {len(good)} of {len(there)}" + (
-      f"; worse: {', '.join(bad)}" if bad else ""
-    )
-
-  rows = [
-    (
-      "2309.12381: peak memory lower by 25%, by 54% with parameters alone",
-      lower("computed again; gradients released"),
-    ),
-    ("the same without gradient release", lower("kept")),
-    ("2309.12381: accuracy is kept (8 extra bits)", f"`{EIGHT}`: {held(EIGHT)}"),
-    ("the same, with 8-bit statistics", f"`{GOAL}`: {held(GOAL)}"),
-    (
-      "2309.12381: stochastic rounding in the place of extra bits, against truncation",
-      f"no extra bits: stochastic {held(bits_name('bf16', 0, 'stochastic'))};"
-      f" truncated {held(bits_name('bf16', 0, 'truncate'))}",
-    ),
-    (
-      "1710.03740: float32 master weights match float32; half-precision weights do not",
-      f"`master-bf16` {held('master-bf16')}; `bf16` {held('bf16')}",
-    ),
-    (
-      "2103.00020: half-precision statistics and a half-precision text encoder hinder nothing",
-      "; ".join(recipe),
-    ),
-  ]
-  columns = ["what they report", "found here"]
-  return ["## Beside the papers", "", *markdown(columns, rows)]
 
 
 def page(examples: dict[str, Runs]) -> str:

@@ -16,6 +16,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 FOLDER = pathlib.Path(__file__).parent.parent / "docs" / "results"
 BASELINES = ("fp32", "master-bf16", "master-fp16", "bf16", "fp16")
@@ -34,32 +35,53 @@ SHORT = (
   *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
   *("bf16+8:stochastic/fp32", "bf16+8/int8", "fp16+8/int8"),
 )
-CLIP = (*SHORT[:4], "bf16+8:stochastic/fp32", "bf16+8/bf16", "bf16+8/int8")
+CLIP = ("fp32", "master-bf16", "bf16", "bf16+8/bf16", "bf16+8/int8")
+OTHERS = ("fp32", "bf16", "bf16+8/int8")
+SMALL = "--layers 2 --width 96 --steps 300"
 T5 = "--layers 1 --width 64 --hidden 128 --steps 400"
-# What each example is trained with: formats, and options besides its own.
-PLAN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-  "t5": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), tuple(T5.split())),
-  "dlrm": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
-  "lstm": ((*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING), ()),
-  "resnet18": (SHORT, ("--width", "8", "--steps", "300")),
-  "dcgan": (SHORT, ("--width", "8", "--steps", "500")),
-  "clip": (CLIP, ()),
-  "shakespeare": (SHORT, ()),
+
+
+class Plan(NamedTuple):
+  """What an example is trained with.
+
+  Attributes:
+    formats: of weights and statistics.
+    options: besides the example's own.
+    example: its module; None where that is the plan's name.
+  """
+
+  formats: tuple[str, ...]
+  options: str = ""
+  example: str | None = None
+
+
+EVERYTHING = (*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING)
+PLAN = {
+  "t5": Plan(EVERYTHING, T5),
+  "dlrm": Plan(EVERYTHING),
+  "lstm": Plan(EVERYTHING),
+  "resnet18": Plan(SHORT, "--width 8 --steps 300"),
+  "dcgan": Plan(SHORT, "--width 8 --steps 500"),
+  "clip": Plan(CLIP, "--no-checkpointing"),
+  "shakespeare": Plan(SHORT),
+  "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
+  "sgd": Plan(OTHERS, f"{SMALL} --optimizer sgd --learning-rate 0.1", "shakespeare"),
 }
 
 
-def run(example: str, fmt: str, seeds: list[int], options: tuple[str, ...]):
-  """Trains one format; prints a line of JSON for each seed."""
+def run(name: str, fmt: str, seeds: list[int]):
+  """Trains one format of a plan; prints a line of JSON for each seed."""
   from examples import training
 
-  module = importlib.import_module(f"examples.{example}")
-  args = training.parse(module.make_parser(), ["--format", fmt, *options])
+  plan = PLAN[name]
+  module = importlib.import_module(f"examples.{plan.example or name}")
+  args = training.parse(module.make_parser(), ["--format", fmt, *plan.options.split()])
   make_optimizer = getattr(module, "make_optimizer", training.make_optimizer)
   for result in training.train(
     module.make_task, args.formats[0], args, seeds, make_optimizer, show=False
   ):
     del result["losses"], result["evaluations"]
-    print(json.dumps({"example": example} | result), flush=True)
+    print(json.dumps({"example": name} | result), flush=True)
 
 
 def done(example: str) -> set[tuple[str, int]]:
@@ -85,7 +107,7 @@ def main():
   args = parser.parse_args()
   if args.one:
     example, fmt, seeds = args.one
-    return run(example, fmt, json.loads(seeds), PLAN[example][1])
+    return run(example, fmt, json.loads(seeds))
   if unknown := set(args.examples) - set(PLAN):
     parser.error(f"there is no example {', '.join(sorted(unknown))}; there are {', '.join(PLAN)}")
   FOLDER.mkdir(parents=True, exist_ok=True)
@@ -119,7 +141,7 @@ def main():
   jobs = []
   for example in args.examples or PLAN:
     known = done(example)
-    for fmt in dict.fromkeys(PLAN[example][0]):
+    for fmt in dict.fromkeys(PLAN[example].formats):
       seeds = [seed for seed in range(args.seeds) if (fmt, seed) not in known]
       if seeds:
         jobs.append((example, fmt, seeds))

@@ -230,13 +230,14 @@ def test_results_can_tell(tmp_path, monkeypatch, capsys):
   assert is_good["| `fp32`"] == is_good["| `better`"] == "yes"
   assert is_good["| `bf16`"] == is_good["| `worse`"] == "no"
   assert "\n| lstm | bf16 | none | 4 | 0 |\n" in page
+  assert "\n| all 1 | bf16 | none | 4 | 0 |\n" in page
   assert "\n| lstm | bf16 | 1 |  | **+4.76%** | " in page
   assert (sweep.FOLDER / "bits_lstm.png").stat().st_size > 10_000
 
 
 def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(sweep, "FOLDER", tmp_path)
-  monkeypatch.setattr(sweep, "PLAN", {"lstm": (("fp32", "bf16"), ())})
+  monkeypatch.setattr(sweep, "PLAN", {"lstm": sweep.Plan(("fp32", "bf16"))})
   write_runs(tmp_path / "lstm.jsonl", "held-out loss", {"fp32": [1.0, 1.0], "bf16": [1.0]})
   assert sweep.done("lstm") == {("fp32", 0), ("fp32", 1), ("bf16", 0)}
   with pytest.raises(SystemExit) as stop:
