@@ -71,7 +71,7 @@ def _words(text: str) -> list[str]:
 
 
 def augment(images_BxHxWxC, rng: np.random.Generator) -> np.ndarray:
-  """Other sizes, places and colours."""
+  """Other sizes, places and colours; a tenth of the patches hidden."""
   batch, size = images_BxHxWxC.shape[:2]
   scale = rng.uniform(0.8, 1.25, (batch, 1))
   shift = rng.uniform(-3, 3, (2, batch, 1))
@@ -84,7 +84,10 @@ def augment(images_BxHxWxC, rng: np.random.Generator) -> np.ndarray:
   images = images_BxHxWxC[np.arange(batch)[:, None, None], y[:, :, None], x[:, None, :]]
   gain = rng.uniform(0.8, 1.2, (batch, 1, 1, 3))
   offset = rng.uniform(-0.12, 0.12, (batch, 1, 1, 3))
-  return np.clip(images * gain + offset, 0, 1).astype(np.float32)
+  images = np.clip(images * gain + offset, 0, 1)
+  hidden = rng.random((batch, 4, 4, 1)) < 0.1
+  hidden = hidden.repeat(size // 4, 1).repeat(size // 4, 2)
+  return np.where(hidden, images[:, :1, :1], images).astype(np.float32)
 
 
 def ridge(concepts: Concepts, penalty: float = 10.0) -> dict[str, float]:
@@ -190,7 +193,7 @@ def make_parser():
     {"width": 96, "layers": 2, "heads": 4, "patch": 8},
     {"steps": 20, "width": 64, "layers": 1},
     format="fp32,bf16,bf16+8/bf16",
-    steps=1400,
+    steps=1800,
     batch=128,
     learning_rate=2e-3,
     clip_norm=1.0,
