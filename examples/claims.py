@@ -5,10 +5,10 @@ import pathlib
 
 import numpy as np
 
-from examples.compare import GOAL, Runs, bits_name, compare, markdown, percent, verdict
+from examples.compare import GOAL, MASTER, Runs, bits_name, compare, markdown, percent, verdict
 
 EIGHT = "bf16+8:stochastic/fp32"
-TIMED = ("fp32", "master-bf16", "bf16", EIGHT, GOAL)
+TIMED = ("fp32", MASTER, "bf16", EIGHT, GOAL)
 MEMORY = """Peak memory of a whole training step (AdamW; gradients, activations and batch included),
 compiled for H100s with JAX {jax}, {date}; nothing was run. Activations are kept, or those of each
 layer computed again in the backward pass (which gradient release does by itself). "Lower by" is
@@ -97,7 +97,7 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
     ),
     (
       "1710.03740: float32 master weights match float32; half-precision weights do not",
-      f"`master-bf16` {held('master-bf16')}; `bf16` {held('bf16')}",
+      f"`{MASTER}` {held(MASTER)}; `bf16` {held('bf16')}",
     ),
     (
       "2103.00020: half-precision statistics and a half-precision text encoder hinder nothing",

@@ -13,7 +13,8 @@ import numpy as np
 
 from examples import sweep
 
-GOAL = "bf16+8/int8"
+GOAL, MASTER = "bf16+8/int8", "master-bf16"
+COMPARED = ["worse by", "standard error", "relative", "not worse"]
 TOLERANCE = 0.005
 HIGHER_IS_BETTER = ("accuracy", "AUC", "words right", "R@1", "R@5", "R@10")
 
@@ -98,6 +99,11 @@ def enough_bits(runs: Runs, dtype: str, rounding: str) -> str:
 def percent(c: Comparison) -> str:
   """How much worse, for a table."""
   return f"{c.relative:+.2%}" if np.isfinite(c.worse) else "not finite"
+
+
+def cells(c: Comparison) -> list[str]:
+  """A comparison under the columns COMPARED."""
+  return [f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c), "yes" if c.is_good else "no"]
 
 
 def verdict(runs: Runs, fmt: str) -> str:

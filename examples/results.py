@@ -13,9 +13,12 @@ from matplotlib import pyplot as plt
 from examples import sweep
 from examples.claims import claims, memory, memory_tables, time
 from examples.compare import (
+  COMPARED,
   GOAL,
+  MASTER,
   Runs,
   bits_name,
+  cells,
   compare,
   enough_bits,
   load,
@@ -37,7 +40,6 @@ zero is worse. Formats are named weights/statistics: `fp32`, `bf16` and `fp16` a
 weights of that dtype, `master-bf16` is Optax with float32 weights and a model that computes in
 bfloat16; the rest are this library's, with stochastic rounding where none is named. Vectors
 (biases, gains) stay in float32 in this library's formats."""
-MASTER = "master-bf16"
 LOST = f"""`{GOAL}` against fp32, and the formats that are worse. `{MASTER}` beside it stores
 everything in float32 and only computes in bfloat16: what it loses, no way of storing weights
 can win back."""
@@ -55,12 +57,11 @@ def table(runs: Runs) -> list[str]:
   for fmt, by_seed in runs.items():
     c, one = compare(runs, fmt), next(iter(by_seed.values()))
     milliseconds = 1e3 * np.median([r["seconds_per_step"] for r in by_seed.values()])
-    figures = [f"{c.mean:.4f}", f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c)]
     takes = [f"{one['bytes_per_param']['total']:.2f}", f"{one['peak_bytes'] / 1e6:.1f}"]
-    answer = "yes" if c.is_good else "no"
-    rows.append([f"`{fmt}`", *figures, answer, str(c.seeds), *takes, f"{milliseconds:.1f}"])
-  columns = ["format", metric_of(runs), "worse by", "standard error", "relative", "not worse"]
-  return markdown([*columns, "seeds", "bytes a parameter", "peak MB", "ms a step"], rows)
+    figures = [f"{c.mean:.4f}", *cells(c), str(c.seeds), *takes, f"{milliseconds:.1f}"]
+    rows.append([f"`{fmt}`", *figures])
+  columns = ["seeds", "bytes a parameter", "peak MB", "ms a step"]
+  return markdown(["format", metric_of(runs), *COMPARED, *columns], rows)
 
 
 def plot(runs: Runs, title: str, path: pathlib.Path):
@@ -102,12 +103,9 @@ def lost(examples: dict[str, Runs]) -> list[str]:
     worst = [f"`{f}` {percent(found[f])}" for f in fails]
     if len(worst) > 3:
       worst = [worst[0], f"{len(worst) - 2} more", worst[-1]]
-    figures = [f"{c.base:.4f}", f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c)]
-    answer = "yes" if c.is_good else "no"
-    names = [name, metric_of(runs)]
-    rows.append([*names, *figures, answer, verdict(runs, MASTER), ", ".join(worst) or "none"])
-  columns = ["example", "figure", "fp32", "worse by", "standard error", "relative", "not worse"]
-  columns += [f"`{MASTER}`", "worse formats"]
+    figures = [f"{c.base:.4f}", *cells(c), verdict(runs, MASTER)]
+    rows.append([name, metric_of(runs), *figures, ", ".join(worst) or "none"])
+  columns = ["example", "figure", "fp32", *COMPARED, f"`{MASTER}`", "worse formats"]
   return ["## Is anything lost?", "", LOST, "", *markdown(columns, rows)]
 
 
