@@ -15,10 +15,7 @@ layer computed again in the backward pass (which gradient release does by itself
 against master-bf16 with the same: float32 weights, gradients and statistics, a model that computes
 in bfloat16. The last column divides that by the baseline's weights and statistics, 12 bytes a
 parameter at every moment (its gradients come and go): `bf16+8` with 8-bit statistics keeps 5.13 of
-them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%.
-
-CLIP is compiled with xla_gpu_enable_latency_hiding_scheduler=False, without which XLA computes
-activations again long before they are needed, and everything takes 59 GiB a device."""
+them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%."""
 TIME = """Of a training step on one CPU core, over fp32's, in the median. XLA:CPU computes in
 float32 what is stored in half precision and converts, so the models themselves are slower here.
 Nothing has been measured on a GPU; README has the optimizers' own times."""

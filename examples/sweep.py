@@ -62,7 +62,7 @@ PLAN = {
   "lstm": Plan(EVERYTHING),
   "resnet18": Plan(SHORT, "--width 8 --steps 300"),
   "dcgan": Plan(SHORT, "--width 8 --steps 500"),
-  "clip": Plan(CLIP, "--no-checkpointing"),
+  "clip": Plan(CLIP, "--no-checkpointing"),  # which changes memory and time alone
   "shakespeare": Plan(SHORT),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
   "sgd": Plan(OTHERS, f"{SMALL} --optimizer sgd --learning-rate 0.1", "shakespeare"),
