@@ -36,7 +36,7 @@ ROWS = (
 # To hide communication, XLA's scheduler computes the layers' activations again long before they
 # are needed, on several devices, and then keeps them all.
 IN_ORDER = {"xla_gpu_enable_latency_hiding_scheduler": False}
-OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None, weight_decay=None)
+OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None)
 
 
 class Workload(NamedTuple):

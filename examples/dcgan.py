@@ -166,6 +166,7 @@ def make_parser():
     batch=64,
     learning_rate=1e-3,
     optimizer="adam",
+    b1=0.5,  # as in the paper: with 0.9 the two oscillate
   )
 
 

@@ -29,8 +29,8 @@ of this library, bf16+8, perhaps with its roundings, bf16+4:truncate or bf16+4:n
 HALF = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 # Optax's, ours, what both are given, and our names of the statistics.
 OPTIMIZERS: dict[str, tuple[Callable, Callable, dict, tuple[str, ...]]] = {
-  "adam": (optax.adam, lowmem.adam, {}, ("mu", "nu")),
-  "adamw": (optax.adamw, lowmem.adamw, {"weight_decay": 0.01}, ("mu", "nu")),
+  "adam": (optax.adam, lowmem.adam, {"b1": 0.9}, ("mu", "nu")),
+  "adamw": (optax.adamw, lowmem.adamw, {"b1": 0.9, "weight_decay": 0.01}, ("mu", "nu")),
   "lion": (optax.lion, lowmem.lion, {"weight_decay": 0.1}, ("mu",)),
   "sgd": (optax.sgd, lowmem.sgd, {"momentum": 0.9}, ("accumulator",)),
 }
@@ -103,8 +103,8 @@ def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
 
   Args:
     fmt: of weights and statistics.
-    args: the options: optimizer, learning_rate, weight_decay (None is as above),
-      steps, clip_norm, release.
+    args: the options: optimizer, learning_rate, steps, clip_norm, release; an
+      example may set b1, weight_decay or momentum, too.
     seed: of stochastic rounding.
     weights: formats by leaf in the place of `fmt.weights` for every leaf that
       is not a vector or a scalar (those stay in float32).
@@ -115,12 +115,9 @@ def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
   theirs, ours, options, statistics = OPTIMIZERS[args.optimizer]
   warmup = min(max(args.steps // 20, 1), args.steps - 1)
   schedule = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
+  options = {name: getattr(args, name, value) for name, value in options.items()}
   if "weight_decay" in options:
-    decay = args.weight_decay or options["weight_decay"]
-    options = options | {
-      "weight_decay": decay,
-      "mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
-    }
+    options["mask"] = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
   if fmt.weights is None:
     tx = theirs(schedule, **options)
   else:
@@ -297,7 +294,7 @@ def make_parser(
     add(flag(size), type=positive(int), default=default, help="(%(default)s)")
   short = ", ".join(f"{flag(option)} {value}" for option, value in quick.items())
   add("--quick", action="store_true", help=f"a minute's run: {short}")
-  parser.set_defaults(checkpointing=False, weight_decay=None, quick_options=quick)
+  parser.set_defaults(checkpointing=False, quick_options=quick)
   parser.set_defaults(**defaults)
   return parser
 
