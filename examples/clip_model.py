@@ -21,7 +21,7 @@ class Encoder(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """Sizes of a model."""
+  """Sizes of a model; with a stem, a patch is a power of two, and embedded by a `Stem`."""
 
   image: Encoder
   text: Encoder
@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
   vocabulary: int
   context: int
   image_size: int
+  has_stem: bool = False
 
 
 VIT_B_32 = Sizes(Encoder(12, 768, 12), Encoder(12, 512, 8), 32, 512, 49408, 77, 224)
@@ -56,6 +57,22 @@ class Block(nn.Module):
     return x_BxTxD + dense(width)(h * jax.nn.sigmoid(1.702 * h))
 
 
+class Stem(nn.Module):
+  """Convolutions of stride 2 in the place of a matrix for each patch (arXiv 2106.14881)."""
+
+  patch: int
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x_BxHxWxC):
+    init = nn.initializers.he_normal()
+    for i in reversed(range(self.patch.bit_length() - 1)):
+      conv = nn.Conv(self.width >> i, (3, 3), 2, dtype=self.dtype, kernel_init=init)
+      x_BxHxWxC = conv(nn.relu(x_BxHxWxC))
+    return x_BxHxWxC.reshape(len(x_BxHxWxC), -1, self.width)
+
+
 class CLIP:
   """The model as functions of its layers.
 
@@ -66,6 +83,9 @@ class CLIP:
 
   def __init__(self, sizes: Sizes, dtype):
     self.sizes, self.dtype = sizes, dtype
+    if sizes.has_stem and sizes.patch.bit_count() != 1:
+      raise ValueError(f"with a stem, a patch is a power of two, not {sizes.patch}")
+    self.stem = Stem(sizes.patch, sizes.image.width, dtype)
     self.blocks = {
       "image": Block(sizes.image.heads, False, dtype),
       "text": Block(sizes.text.heads, True, dtype),
@@ -79,9 +99,13 @@ class CLIP:
     norm = lambda width: {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
     patches = (s.image_size // s.patch) ** 2
     pixels, wide, narrow = 3 * s.patch**2, s.image.width, s.text.width
+    if s.has_stem:
+      embed = self.stem.init(next(keys), jnp.zeros((1, s.image_size, s.image_size, 3)))["params"]
+    else:
+      embed = {"kernel": normal(pixels**-0.5, pixels, wide)}
     params = {
       "image_embed": {
-        "kernel": normal(pixels**-0.5, pixels, wide),
+        "patches": embed,
         "class": normal(wide**-0.5, wide),
         "positions": normal(wide**-0.5, patches + 1, wide),
         "norm": norm(wide),
@@ -120,10 +144,13 @@ class CLIP:
     batch, size, patch = len(images_BxHxWxC), self.sizes.image_size, self.sizes.patch
 
     def embed(weights, images):
-      side = size // patch
-      x = images.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
-      x = (2 * x.reshape(batch, side * side, -1) - 1).astype(self.dtype)
-      x = x @ weights["kernel"].astype(self.dtype)
+      if self.sizes.has_stem:  # which pads with 0: white
+        x = self.stem.apply({"params": weights["patches"]}, 1 - images)
+      else:
+        side = size // patch
+        x = images.reshape(batch, side, patch, side, patch, 3).swapaxes(2, 3)
+        x = (2 * x.reshape(batch, side * side, -1) - 1).astype(self.dtype)
+        x = x @ weights["patches"]["kernel"].astype(self.dtype)
       first = jnp.broadcast_to(weights["class"], (batch, 1, x.shape[-1])).astype(self.dtype)
       x = jnp.concatenate([first, x], 1) + weights["positions"].astype(self.dtype)
       return self._norm(weights["norm"], x)

@@ -173,6 +173,32 @@ def test_temperature_is_clipped():
   np.testing.assert_allclose(scale, 100, rtol=1e-6)
 
 
+def test_size_of_vit_b_32():
+  """As OpenAI published it."""
+  model = clip_model.CLIP(clip_model.VIT_B_32, jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  assert sum(x.size for x in jax.tree.leaves(params)) == 151_277_313
+
+
+@pytest.mark.parametrize("patch", [4, 8])
+def test_stem(patch):
+  """A patch's vector depends on its own pixels and its neighbours'; white is what is around an image."""
+  sizes = clip_model.VIT_B_32._replace(patch=patch, image_size=32, has_stem=True)
+  sizes = sizes._replace(image=clip_model.Encoder(1, 16, 2), text=clip_model.Encoder(1, 16, 2))
+  model = clip_model.CLIP(sizes, jnp.float32)
+  params = model.init(jax.random.key(0))
+  images = np.ones((2, 32, 32, 3), np.float32)
+  images[1, :8, :8] = 0
+  kernels = params["image_embed"]["patches"]
+  out = model.stem.apply({"params": kernels}, 1 - images)
+  assert out.shape == (2, (32 // patch) ** 2, 16) and not np.ptp(out[0], 0).any()
+  changed = np.abs(out[1] - out[0]).max(-1).reshape(32 // patch, -1) > 0
+  assert changed[0, 0] and not changed[8 // patch + 1 :].any()
+  assert model.encode_images(training.all_layers(params), images).shape == (2, sizes.embedding)
+  with pytest.raises(ValueError, match="power of two, not 12"):
+    clip_model.CLIP(sizes._replace(patch=12), jnp.float32)
+
+
 def test_text_encoder_has_its_own_format():
   fmt = training.parse_format("bf16+8/bf16")
   args = clip.training.parse(clip.make_parser(), ["--quick"])
