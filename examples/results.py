@@ -166,7 +166,7 @@ def page(examples: dict[str, Runs]) -> str:
     lines += ["", *part]
   for name, runs in examples.items():
     lines += ["", f"## {name}", "", *table(runs)]
-    if (sweep.FOLDER / f"bits_{name}.png").exists():
+    if name in swept(examples):
       lines += ["", f"![Extra bits and rounding: {name}](results/bits_{name}.png)"]
   return "\n".join(lines) + "\n"
 
@@ -178,8 +178,8 @@ def main():
     path = sweep.FOLDER / f"{name}.jsonl"
     if path.exists() and "fp32" in (runs := load(path)):
       examples[name] = runs
-      if bits_name("bf16", 0, "stochastic") in runs:
-        plot(runs, name, sweep.FOLDER / f"bits_{name}.png")
+  for name, runs in swept(examples).items():
+    plot(runs, name, sweep.FOLDER / f"bits_{name}.png")
   out = sweep.FOLDER.parent / "results.md"
   out.write_text(page(examples))
   print(f"wrote {out}: {', '.join(examples) or 'nothing, run `make sweep`'}")
