@@ -1,6 +1,7 @@
 """CLIP's two encoders and its loss (arXiv 2103.00020), as functions of their layers."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -178,8 +179,8 @@ class CLIP:
 
 
 def clip_temperature(params):
-  """Logits are never scaled by more than 100."""
-  log_scale = jnp.minimum(params["temperature"]["log_scale"], np.log(MAX_SCALE))
+  """Logits are never scaled by more than 100 (but for the rounding of a half-precision weight)."""
+  log_scale = jnp.minimum(params["temperature"]["log_scale"], math.log(MAX_SCALE))
   return params | {"temperature": {"log_scale": log_scale}}
 
 

@@ -167,10 +167,12 @@ def test_similarities_on_eight_devices():
   assert "f32[32,32]" not in sharded.as_text() and "f32[4,32]" in sharded.as_text()
 
 
-def test_temperature_is_clipped():
-  params = {"temperature": {"log_scale": jnp.float32(5.0)}, "other": jnp.ones(2)}
-  scale = jnp.exp(clip_model.clip_temperature(params)["temperature"]["log_scale"])
-  np.testing.assert_allclose(scale, 100, rtol=1e-6)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_temperature_is_clipped(dtype):
+  params = {"temperature": {"log_scale": jnp.asarray(5.0, dtype)}, "other": jnp.ones(2)}
+  log_scale = clip_model.clip_temperature(params)["temperature"]["log_scale"]
+  assert log_scale.dtype == dtype
+  np.testing.assert_allclose(np.float32(log_scale), np.log(100), rtol=float(jnp.finfo(dtype).eps))
 
 
 def test_size_of_vit_b_32():
