@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from examples import sweep
-from examples.claims import claims, memory, memory_tables, time
+from examples.claims import claims, memory, memory_tables, recalls, time
 from examples.compare import (
   COMPARED,
   GOAL,
@@ -166,6 +166,8 @@ def page(examples: dict[str, Runs]) -> str:
     lines += ["", *part]
   for name, runs in examples.items():
     lines += ["", f"## {name}", "", *table(runs)]
+    if name == "clip":
+      lines += ["", *recalls(runs)]
     if name in swept(examples):
       lines += ["", f"![Extra bits and rounding: {name}](results/bits_{name}.png)"]
   return "\n".join(lines) + "\n"

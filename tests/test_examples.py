@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from examples import (
+  claims,
   clip,
   clip_model,
   data,
@@ -261,6 +262,12 @@ def test_results_can_tell(tmp_path, monkeypatch, capsys):
   assert "\n| all 1 | bf16 | none | 4 | 0 |\n" in page
   assert "\n| lstm | bf16 | 1 |  | **+4.76%** | " in page
   assert (sweep.FOLDER / "bits_lstm.png").stat().st_size > 10_000
+
+
+def test_ridge_regression():
+  skip_without_data("clip")
+  found = clip.ridge(clip.Concepts())
+  assert {name: round(value, 3) for name, value in found.items()} == claims.RIDGE
 
 
 def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
