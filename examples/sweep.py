@@ -147,7 +147,7 @@ def main():
         jobs.append((example, fmt, seeds))
   print(f"{len(jobs)} formats to train, on {len(cores)} cores", flush=True)
   with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-    sys.exit(not all(pool.map(train, jobs)))
+    sys.exit(not all(list(pool.map(train, jobs))))  # a format that fails stops no other
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -279,3 +280,21 @@ def test_sweep_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["sweep", "--seeds", "2", "--minutes", "0"])
     sweep.main()
   assert stop.value.code == 0 and "1 formats to train" in capsys.readouterr().out
+
+
+def test_sweep_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sweep, "FOLDER", tmp_path)
+  monkeypatch.setattr(sweep, "PLAN", {"lstm": sweep.Plan(("bad", "fp32", "bf16"))})
+  monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda pid: {0})
+
+  def run(command, **options):
+    fmt = command[-2]
+    line = json.dumps({"format": fmt, "seed": 0, "figures": {"loss": 1.0}})
+    return subprocess.CompletedProcess(command, fmt == "bad", line + "\n", "why it failed")
+
+  monkeypatch.setattr(sweep.subprocess, "run", run)
+  monkeypatch.setattr("sys.argv", ["sweep", "--seeds", "1"])
+  with pytest.raises(SystemExit) as stop:
+    sweep.main()
+  assert stop.value.code and "lstm bad failed:\nwhy it failed" in capsys.readouterr().out
+  assert sweep.done("lstm") == {("fp32", 0), ("bf16", 0)}
