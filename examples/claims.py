@@ -15,7 +15,9 @@ layer computed again in the backward pass (which gradient release does by itself
 against master-bf16 with the same: float32 weights, gradients and statistics, a model that computes
 in bfloat16. The last column divides that by the baseline's weights and statistics, 12 bytes a
 parameter at every moment (its gradients come and go): `bf16+8` with 8-bit statistics keeps 5.13 of
-them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%."""
+them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%. CLIP's peak is
+a device's, with one option of the recipe off at a time. Not sharding the similarities by hand
+changes nothing there: XLA gives each device its own rows without being told."""
 TIME = """Of a training step on one CPU core, over fp32's, in the median. XLA:CPU computes in
 float32 what is stored in half precision and converts, so the models themselves are slower here.
 Nothing has been measured on a GPU; README has the optimizers' own times."""

@@ -61,7 +61,7 @@ PLAN = {
   "dlrm": Plan(EVERYTHING),
   "lstm": Plan(EVERYTHING),
   "resnet18": Plan(SHORT, "--width 8 --steps 300"),
-  "dcgan": Plan(SHORT, "--width 8 --steps 500"),
+  "dcgan": Plan((*SHORT, "fp16"), "--width 8 --steps 500"),
   "clip": Plan(CLIP, "--no-checkpointing"),  # which changes memory and time alone
   "shakespeare": Plan(SHORT),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
