@@ -33,7 +33,8 @@ RIDGE = {
 }
 RECALLS = """Means over the seeds, with their standard errors. From Google's drawings, with which it
 is trained, to Twitter's of the same concepts, and to those of concepts that are held out. The
-ridge regression, from 16x16 pixels to TF-IDF, has the same split."""
+ridge regression, from 16x16 pixels to TF-IDF, has the same split. The recalls of 1,911 concepts
+are coarse; the training loss tells formats apart."""
 
 
 def memory_tables() -> dict:
@@ -72,13 +73,15 @@ def time(examples: dict[str, Runs]) -> list[str]:
 
 def recalls(runs: Runs) -> list[str]:
   """What CLIP finds, in every format, and what the simplest model does."""
-  rows = [["ridge regression", *(f"{value:.3f}" for value in RIDGE.values())]]
+  rows = [["ridge regression", *(f"{value:.3f}" for value in RIDGE.values()), ""]]
   for fmt, by_seed in runs.items():
-    found = np.array([[r["figures"][name] for name in RIDGE] for r in by_seed.values()])
+    found = np.array(
+      [[*map(r["figures"].get, RIDGE), r["final training loss"]] for r in by_seed.values()]
+    )
     error = found.std(0, ddof=1) / np.sqrt(len(found))
     both = zip(found.mean(0), error, strict=True)
     rows.append([f"`{fmt}`", *(f"{mean:.3f} ± {e:.3f}" for mean, e in both)])
-  return [RECALLS, "", *markdown(["", *RIDGE], rows)]
+  return [RECALLS, "", *markdown(["", *RIDGE, "training loss"], rows)]
 
 
 def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str]:
