@@ -179,11 +179,12 @@ def make_optimizer(fmt: training.Format, args, seed: int = 0):
 
     return training.make_optimizer(fmt, args, seed, weights)
   parts = {
-    "text": training.make_optimizer(text, args, seed),
-    "others": training.make_optimizer(fmt, args, seed + 1),
+    "text": training.bare_optimizer(text, args, seed),
+    "others": training.bare_optimizer(fmt, args, seed + 1),
   }
   label = lambda path, _: "text" if is_text(path) else "others"
-  return optax.partition(parts, functools.partial(jax.tree_util.tree_map_with_path, label))
+  tx = optax.partition(parts, functools.partial(jax.tree_util.tree_map_with_path, label))
+  return training.guarded(tx, fmt, args)
 
 
 def make_parser():

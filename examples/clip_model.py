@@ -84,8 +84,8 @@ class CLIP:
 
   def __init__(self, sizes: Sizes, dtype):
     self.sizes, self.dtype = sizes, dtype
-    if sizes.has_stem and sizes.patch.bit_count() != 1:
-      raise ValueError(f"with a stem, a patch is a power of two, not {sizes.patch}")
+    if sizes.has_stem and (sizes.patch < 2 or sizes.patch.bit_count() != 1):
+      raise ValueError(f"with a stem, a patch is a power of two above 1, not {sizes.patch}")
     self.stem = Stem(sizes.patch, sizes.image.width, dtype)
     self.blocks = {
       "image": Block(sizes.image.heads, False, dtype),
@@ -145,7 +145,7 @@ class CLIP:
     batch, size, patch = len(images_BxHxWxC), self.sizes.image_size, self.sizes.patch
 
     def embed(weights, images):
-      if self.sizes.has_stem:  # which pads with 0: white
+      if self.sizes.has_stem:  # an image is padded with 0: white
         x = self.stem.apply({"params": weights["patches"]}, 1 - images)
       else:
         side = size // patch
@@ -221,8 +221,11 @@ def contrastive_loss(image_BxE, text_BxE, scale, mesh=None):
 
 
 def recalls(image_NxE, text_NxE) -> dict[str, float]:
-  """How often an image's own text is among the 1, 5 and 10 nearest."""
+  """How often an image's own text is among the 1, 5 and 10 nearest; NaN if there are NaNs."""
   similarities = np.asarray(image_NxE) @ np.asarray(text_NxE).T
   own = np.diag(similarities)[:, None]
   ranks = (similarities > own).sum(1) + ((similarities == own).sum(1) - 1) / 2
-  return {f"R@{k}": float((ranks < k).mean()) for k in (1, 5, 10)}
+  found = np.mean(ranks[:, None] < [1, 5, 10], 0)
+  if not np.all(np.isfinite(similarities)):
+    found[:] = np.nan
+  return dict(zip(("R@1", "R@5", "R@10"), found.tolist(), strict=True))

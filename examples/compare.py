@@ -65,7 +65,7 @@ def metric_of(runs: Runs) -> str:
 
 
 def compare(runs: Runs, fmt: str) -> Comparison:
-  """A format against fp32; runs that did not stay finite are as bad as can be."""
+  """A format against fp32; runs whose figure or loss did not stay finite are as bad as can be."""
   metric = metric_of(runs)
   seeds = sorted(set(runs["fp32"]) & set(runs[fmt]))
   base, values = (
@@ -73,7 +73,8 @@ def compare(runs: Runs, fmt: str) -> Comparison:
   )
   sign = -1 if metric.split()[-1] in HIGHER_IS_BETTER or metric in HIGHER_IS_BETTER else 1
   worse, error = sign * (values - base), 0.0
-  if not np.all(np.isfinite(worse)):
+  losses = [runs[fmt][seed]["final training loss"] for seed in seeds]
+  if not np.all(np.isfinite([*worse, *losses])):
     worse = np.full(len(worse), np.inf)
   elif len(worse) > 1:
     error = worse.std(ddof=1) / np.sqrt(len(worse))

@@ -100,7 +100,12 @@ def make_task(args, dtype) -> training.Task:
 
 
 def area_under_curve(scores_N, labels_N) -> float:
-  """The probability that a positive scores higher than a negative; ties count half."""
+  """The probability that a positive scores higher than a negative; NaN if a score is not finite.
+
+  Ties count half.
+  """
+  if not np.all(np.isfinite(scores_N)):
+    return float("nan")
   values, inverse, counts = np.unique(scores_N, return_inverse=True, return_counts=True)
   ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
   positives = labels_N == 1

@@ -166,7 +166,7 @@ def page(examples: dict[str, Runs]) -> str:
     lines += ["", *part]
   for name, runs in examples.items():
     lines += ["", f"## {name}", "", *table(runs)]
-    if name.startswith("clip"):
+    if name == "clip":
       lines += ["", *recalls(runs)]
     if name in swept(examples):
       lines += ["", f"![Extra bits and rounding: {name}](results/bits_{name}.png)"]

@@ -35,8 +35,7 @@ SHORT = (
   *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
   *("bf16+8:stochastic/fp32", "bf16+8/int8", "fp16+8/int8"),
 )
-CLIP = ("fp32", "master-bf16", "bf16", "fp16", "bf16+8/bf16", "bf16+8/int8")
-UNIFORM = ("fp32", "bf16+8/bf16", "bf16+8/int8")
+CLIP = ("fp32", "master-bf16", "bf16", "bf16+8/bf16", "bf16+8/int8")
 OTHERS = ("fp32", "bf16", "bf16+8/int8")
 SMALL = "--layers 2 --width 96 --steps 300"
 T5 = "--layers 1 --width 64 --hidden 128 --steps 400"
@@ -64,7 +63,6 @@ PLAN = {
   "resnet18": Plan(SHORT, "--width 8 --steps 300"),
   "dcgan": Plan((*SHORT, "fp16"), "--width 8 --steps 500"),
   "clip": Plan(CLIP, "--no-checkpointing"),  # which changes memory and time alone
-  "clip-uniform": Plan(UNIFORM, "--no-checkpointing --text-format=", "clip"),
   "shakespeare": Plan(SHORT),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
   "sgd": Plan(OTHERS, f"{SMALL} --optimizer sgd --learning-rate 0.1", "shakespeare"),

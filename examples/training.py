@@ -99,18 +99,30 @@ def parse_format(text: str) -> Format:
 
 
 def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
-  """The optimizer of a run, from the options.
+  """The optimizer of a run, from the options: see `bare_optimizer` and `guarded`."""
+  return guarded(bare_optimizer(fmt, args, seed, weights), fmt, args)
+
+
+def guarded(tx, fmt: Format, args):
+  """An optimizer behind what concerns the whole gradient: clipping and the loss scale."""
+  if args.clip_norm and not is_released(fmt, args):  # fused_backward clips by itself
+    tx = optax.chain(optax.clip_by_global_norm(args.clip_norm), tx)
+  return lowmem.dynamic_loss_scale(tx) if fmt.loss_scale else tx
+
+
+def bare_optimizer(fmt: Format, args, seed: int = 0, weights=None):
+  """An optimizer of some leaves or all, from the options.
 
   Args:
     fmt: of weights and statistics.
-    args: the options: optimizer, learning_rate, steps, clip_norm, release; an
-      example may set b1, weight_decay or momentum, too.
+    args: the options: optimizer, learning_rate, steps; an example may set b1,
+      weight_decay or momentum, too.
     seed: of stochastic rounding.
     weights: formats by leaf in the place of `fmt.weights` for every leaf that
       is not a vector or a scalar (those stay in float32).
 
   Returns:
-    The transformation, with the loss scale where there is one.
+    The transformation.
   """
   theirs, ours, options, statistics = OPTIMIZERS[args.optimizer]
   warmup = min(max(args.steps // 20, 1), args.steps - 1)
@@ -119,14 +131,10 @@ def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
   if "weight_decay" in options:
     options["mask"] = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
   if fmt.weights is None:
-    tx = theirs(schedule, **options)
-  else:
-    formats = weights or (lambda path, leaf: fmt.weights if leaf.ndim > 1 else "fp32")
-    stored = dict.fromkeys(statistics, fmt.statistics)
-    tx = ours(schedule, **options, **stored, weights=formats, key=seed)
-  if args.clip_norm and not is_released(fmt, args):  # fused_backward clips by itself
-    tx = optax.chain(optax.clip_by_global_norm(args.clip_norm), tx)
-  return lowmem.dynamic_loss_scale(tx) if fmt.loss_scale else tx
+    return theirs(schedule, **options)
+  formats = weights or (lambda path, leaf: fmt.weights if leaf.ndim > 1 else "fp32")
+  stored = dict.fromkeys(statistics, fmt.statistics)
+  return ours(schedule, **options, **stored, weights=formats, key=seed)
 
 
 def init(fmt: Format, tx, params):

@@ -186,20 +186,22 @@ def test_size_of_vit_b_32():
 
 @pytest.mark.parametrize("patch", [4, 8])
 def test_stem(patch):
-  """A patch's vector depends on its own pixels and its neighbours'; white is what is around an image."""
+  """A vector depends on its patch and those behind it; white is what is around an image."""
   sizes = clip_model.VIT_B_32._replace(patch=patch, image_size=32, has_stem=True)
   sizes = sizes._replace(image=clip_model.Encoder(1, 16, 2), text=clip_model.Encoder(1, 16, 2))
   model = clip_model.CLIP(sizes, jnp.float32)
   params = model.init(jax.random.key(0))
-  images = np.ones((2, 32, 32, 3), np.float32)
-  images[1, :8, :8] = 0
+  side = 32 // patch
+  images = np.ones((2, side, patch, side, patch, 3), np.float32)
+  images[1, 2, :, 2] = 0
+  images = images.reshape(2, 32, 32, 3)
   kernels = params["image_embed"]["patches"]
   out = model.stem.apply({"params": kernels}, 1 - images)
-  assert out.shape == (2, (32 // patch) ** 2, 16) and not np.ptp(out[0], 0).any()
-  changed = np.abs(out[1] - out[0]).max(-1).reshape(32 // patch, -1) > 0
-  assert changed[0, 0] and not changed[8 // patch + 1 :].any()
+  assert out.shape == (2, side**2, 16) and not np.ptp(out[0], 0).any()
+  changed = np.abs(out[1] - out[0]).max(-1).reshape(side, side) > 0
+  assert changed[1:3, 1:3].all() and changed.sum() == 4  # SAME looks ahead where the stride is 2
   assert model.encode_images(training.all_layers(params), images).shape == (2, sizes.embedding)
-  with pytest.raises(ValueError, match="power of two, not 12"):
+  with pytest.raises(ValueError, match="power of two above 1, not 12"):
     clip_model.CLIP(sizes._replace(patch=12), jnp.float32)
 
 
@@ -213,6 +215,35 @@ def test_text_encoder_has_its_own_format():
   }  # fmt: skip
   residuals = [x.shape for x in jax.tree.leaves(state) if x.dtype == jnp.int8]
   assert residuals == [(64, 64)]  # of the image encoder alone
+
+
+@pytest.mark.parametrize("text_format", ["", "bf16+0"])
+def test_the_whole_gradient_is_clipped(text_format):
+  fmt = training.parse_format("bf16+8/fp32")
+  args = clip.training.parse(clip.make_parser(), ["--text-format", text_format])
+  params32 = {"text_0": jnp.ones((3, 4)), "image_0": jnp.ones((3, 4))}
+  tx = clip.make_optimizer(fmt, args)
+  params, state = training.init(fmt, tx, params32)
+  grads = jax.tree.map(lambda x: jnp.ones_like(x) * 8, params)
+  _, state = tx.update(grads, state, params)
+  statistics = [x for x in jax.tree.leaves(state) if x.shape == (3, 4) and x.dtype == jnp.float32]
+  mean = 0.1 / np.sqrt(24)  # b1 is 0.9, and the clipped gradient's norm 1
+  assert sum(np.allclose(x, mean, rtol=1e-2) for x in statistics) == 2, statistics
+
+
+def test_b1_of_dcgan():
+  args = training.parse(dcgan.make_parser(), [])
+  tx = training.make_optimizer(training.parse_format("fp32"), args)
+  _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3))
+  assert any(np.array_equal(x, [0.5] * 3) for x in jax.tree.leaves(state))
+
+
+def test_nothing_is_found_in_nan():
+  good = np.eye(12, dtype=np.float32)
+  assert set(clip_model.recalls(good, good).values()) == {1.0}
+  bad = np.where(np.arange(12)[:, None] == 3, np.nan, good)
+  assert all(np.isnan(x) for x in clip_model.recalls(bad, good).values())
+  assert np.isnan(dlrm.area_under_curve(np.array([0.1, np.nan]), np.array([0, 1])))
 
 
 def test_area_under_curve():
@@ -233,10 +264,12 @@ def test_buckets():
   assert both[5, 3] == 2 and both[3, 5] == 18 and both.max() == 31
 
 
-def write_runs(path, figure, by_format):
+def write_runs(path, figure, by_format, others=None):
   one = {"bytes_per_param": {"total": 7.0}, "peak_bytes": 1e6, "seconds_per_step": 0.01}
+  one["final training loss"] = 1.0
+  others = others or {}
   lines = [
-    {"format": fmt, "seed": seed, "figures": {figure: value, "other": 0.0}, **one}
+    {"format": fmt, "seed": seed, "figures": {**others, figure: value}, **one}
     for fmt, values in by_format.items()
     for seed, value in enumerate(values)
   ]
@@ -253,14 +286,20 @@ def test_results_can_tell(tmp_path, monkeypatch, capsys):
   write_runs(sweep.FOLDER / "lstm.jsonl", "held-out loss", runs)
   accuracy = {"fp32": [0.9, 0.8], "worse": [0.85, 0.75], "better": [0.95, 0.85]}
   write_runs(sweep.FOLDER / "resnet18.jsonl", "accuracy", accuracy)
+  recalls = dict.fromkeys(claims.RIDGE, 0.25)
+  by_format = {"fp32": [0.2, 0.3], "bf16+8/int8": [0.1, 0.2]}
+  write_runs(sweep.FOLDER / "clip.jsonl", "Twitter's R@1", by_format, recalls)
   results.main()
   page = (tmp_path / "results.md").read_text()
-  rows = dict(line.split(" | ", 1) for line in page.splitlines() if " | " in line)
+  first, _ = page.split("\n## clip")
+  rows = dict(line.split(" | ", 1) for line in first.splitlines() if " | " in line)
   is_good = {name: row.split(" | ")[4] for name, row in rows.items() if name.startswith("| `")}
   assert is_good["| `fp32`"] == is_good["| `better`"] == "yes"
   assert is_good["| `bf16`"] == is_good["| `worse`"] == "no"
   assert "\n| lstm | bf16 | none | 4 | 0 |\n" in page
   assert "\n| all 1 | bf16 | none | 4 | 0 |\n" in page
+  assert "R@1 and in the training loss: `bf16+8/int8` **+40.00%**, +0.0% |" in page
+  assert "\n| `fp32` | 0.250 ± 0.050 | 0.250 ± 0.000 | " in page
   assert "\n| lstm | bf16 | 1 |  | **+4.76%** | " in page
   assert (sweep.FOLDER / "bits_lstm.png").stat().st_size > 10_000
 
