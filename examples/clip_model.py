@@ -50,10 +50,12 @@ class Block(nn.Module):
     dense = functools.partial(nn.Dense, dtype=self.dtype)
     norm = lambda x: nn.LayerNorm(dtype=jnp.float32)(x).astype(self.dtype)
     qkv = dense(3 * width)(norm(x_BxTxD)).reshape(*x_BxTxD.shape[:2], 3, self.heads, -1)
+    if self.dtype == jnp.float16:  # XLA:CPU has no float16 product with float32 sums
+      qkv = qkv.astype(jnp.float32)
     attended = jax.nn.dot_product_attention(
       qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=self.is_causal
     )
-    x_BxTxD += dense(width)(attended.reshape(x_BxTxD.shape))
+    x_BxTxD += dense(width)(attended.astype(self.dtype).reshape(x_BxTxD.shape))
     h = dense(4 * width)(norm(x_BxTxD))
     return x_BxTxD + dense(width)(h * jax.nn.sigmoid(1.702 * h))
 

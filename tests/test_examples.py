@@ -84,6 +84,16 @@ def test_quick(name, tmp_path, capsys):
 
 
 @pytest.mark.thorough
+def test_clip_in_float16(tmp_path):
+  """The loss scale stands around both encoders' optimizers."""
+  skip_without_data("clip")
+  options = "--quick --format fp16+8/int8 --steps 12 --out".split()
+  clip.main([*options, str(tmp_path)])
+  (result,) = json.loads((tmp_path / "clip.json").read_text())
+  assert result["losses"][-1] < result["losses"][0] and result["skipped"] < 6
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["resnet18", "clip"])
 def test_release_is_the_plain_step(name):
   """Batch statistics, several formats and the projection of parameters are released, too."""
