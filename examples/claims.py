@@ -5,7 +5,18 @@ import pathlib
 
 import numpy as np
 
-from examples.compare import GOAL, MASTER, Runs, bits_name, compare, markdown, percent, verdict
+from examples.compare import (
+  GOAL,
+  MASTER,
+  Runs,
+  bits_name,
+  by_training_loss,
+  compare,
+  markdown,
+  percent,
+  standard_error,
+  verdict,
+)
 
 EIGHT = "bf16+8:stochastic/fp32"
 TIMED = ("fp32", MASTER, "bf16", EIGHT, GOAL)
@@ -78,8 +89,7 @@ def recalls(runs: Runs) -> list[str]:
     found = np.array(
       [[*map(r["figures"].get, RIDGE), r["final training loss"]] for r in by_seed.values()]
     )
-    error = found.std(0) / np.sqrt(max(len(found) - 1, 1))
-    both = zip(found.mean(0), error, strict=True)
+    both = zip(found.mean(0), standard_error(found), strict=True)
     rows.append([f"`{fmt}`", *(f"{mean:.3f} ± {e:.3f}" for mean, e in both)])
   return [RECALLS, "", *markdown(["", *RIDGE, "training loss"], rows)]
 
@@ -98,9 +108,8 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
     return ", ".join(found)
 
   runs = examples.get("clip", {})
-  loss = {fmt: np.mean([r["final training loss"] for r in runs[fmt].values()]) for fmt in runs}
   recipe = "; ".join(
-    f"`{fmt}` {verdict(runs, fmt)}, {loss[fmt] / loss['fp32'] - 1:+.1%}"
+    f"`{fmt}` {verdict(runs, fmt)}, {verdict(by_training_loss(runs), fmt)}"
     for fmt in ("bf16+8/bf16", GOAL)
     if fmt in runs
   )

@@ -129,7 +129,7 @@ def make_task(args, dtype) -> training.Task:
   concepts = Concepts()
   encoder = clip_model.Encoder(args.layers, args.width, args.heads)
   sizes = clip_model.Sizes(
-    encoder, encoder, args.patch, args.width, concepts.vocabulary, CONTEXT, 32, True
+    encoder, encoder, args.patch, args.width, concepts.vocabulary, CONTEXT, 32, has_stem=True
   )
   model = clip_model.CLIP(sizes, dtype)
   mesh = None

@@ -64,6 +64,18 @@ def metric_of(runs: Runs) -> str:
   return next(iter(next(iter(runs["fp32"].values()))["figures"]))
 
 
+def by_training_loss(runs: Runs) -> Runs:
+  """The same runs, to be compared by the loss at the end of training."""
+  figures = lambda r: {"figures": {"training loss": r["final training loss"]}}
+  return {f: {seed: r | figures(r) for seed, r in found.items()} for f, found in runs.items()}
+
+
+def standard_error(values):
+  """Of the mean along the first axis; 0 of a single value."""
+  values = np.asarray(values)
+  return values.std(0) / np.sqrt(max(len(values) - 1, 1))
+
+
 def compare(runs: Runs, fmt: str) -> Comparison:
   """A format against fp32; runs whose figure or loss did not stay finite are as bad as can be."""
   metric = metric_of(runs)
@@ -76,8 +88,8 @@ def compare(runs: Runs, fmt: str) -> Comparison:
   losses = [runs[fmt][seed]["final training loss"] for seed in seeds]
   if not np.all(np.isfinite([*worse, *losses])):
     worse = np.full(len(worse), np.inf)
-  elif len(worse) > 1:
-    error = worse.std(ddof=1) / np.sqrt(len(worse))
+  else:
+    error = standard_error(worse)
   return Comparison(values.mean(), base.mean(), worse.mean(), error, len(seeds))
 
 

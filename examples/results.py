@@ -18,6 +18,7 @@ from examples.compare import (
   MASTER,
   Runs,
   bits_name,
+  by_training_loss,
   cells,
   compare,
   enough_bits,
@@ -91,12 +92,6 @@ def plot(runs: Runs, title: str, path: pathlib.Path):
 def swept(examples: dict[str, Runs]) -> dict[str, Runs]:
   """The examples with all bits and roundings."""
   return {name: runs for name, runs in examples.items() if bits_name("bf16", 0, "nearest") in runs}
-
-
-def by_training_loss(runs: Runs) -> Runs:
-  """The same runs, compared by the loss at the end of training."""
-  figures = lambda r: {"figures": {"training loss": r["final training loss"]}}
-  return {f: {seed: r | figures(r) for seed, r in found.items()} for f, found in runs.items()}
 
 
 def lost(examples: dict[str, Runs]) -> list[str]:

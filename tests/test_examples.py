@@ -309,7 +309,7 @@ def test_results_can_tell(tmp_path, monkeypatch, capsys):
   assert "\n| lstm | bf16 | none | 4 | 0 |\n" in page
   assert "\n| all 1 | bf16 | none | 4 | 0 |\n" in page
   assert "| clip | training loss | 1.0000 | +0.0000 | 0.0000 | +0.00% | yes |" in page
-  assert "R@1 and in the training loss: `bf16+8/int8` **+40.00%**, +0.0% |" in page
+  assert "R@1 and in the training loss: `bf16+8/int8` **+40.00%**, +0.00% |" in page
   assert "\n| `fp32` | 0.250 ± 0.050 | 0.250 ± 0.000 | " in page
   assert "\n| lstm | bf16 | 1 |  | **+4.76%** | " in page
   assert (sweep.FOLDER / "bits_lstm.png").stat().st_size > 10_000
