@@ -21,11 +21,10 @@ from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
 from optax_lowmem._quantize_state import QuantizedState
 from pallas_kernels import DeltaFormat, launch
-from pallas_kernels.fused_programs import Leaf
-from pallas_kernels.fused_update import fused_update_leaves, is_small
+from pallas_kernels.fused_programs import Leaf, is_small
+from pallas_kernels.fused_update import fused_update_leaves
 from pallas_kernels.state_formats import Blocks, StateFormat
 
-MOST_IN_A_KERNEL = 16
 # Statistic's name, its value and the gradient -> what `accumulate` makes of it.
 Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
 
@@ -348,18 +347,14 @@ class _Kind(NamedTuple):
 
 
 def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:
-  """(kind, names) of the leaves that are stepped together: small ones, some at a time."""
+  """(kind, names) of the leaves that are stepped together: all small ones of a kind."""
   small: dict[_Kind, list[str]] = {}
   for name, kind in kinds.items():
     if is_small(shapes[name]):
       small.setdefault(kind, []).append(name)
     else:
       yield kind, [name]
-  for kind, names in small.items():
-    # Of one shape, if possible: a group that occurs again is not traced again.
-    names.sort(key=lambda name: shapes[name])
-    for i in range(0, len(names), MOST_IN_A_KERNEL):
-      yield kind, names[i : i + MOST_IN_A_KERNEL]
+  yield from small.items()
 
 
 def _is_blocks(x) -> bool:

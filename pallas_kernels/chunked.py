@@ -1,111 +1,206 @@
-"""The step of a leaf on one CPU: chunk after chunk, each small enough to stay in the cache.
+"""The step of leaves on one CPU: chunk after chunk, each small enough to stay in the cache.
 
 XLA:CPU computes every result in a loop of its own and either repeats what they
 share or writes it to memory. Here what they share is computed once a chunk,
 behind an optimization barrier, which XLA:CPU keeps (XLA:GPU does not). The
 results of a chunk pass a last barrier together, before any of them is written:
-what reads the old state after the first write makes XLA copy all of it.
+XLA copies the whole state if anything reads it after the first write.
 `python -m benchmarks.step cpu` measures it.
 """
 
+from collections.abc import Sequence
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arithmetic, state_formats
+from pallas_kernels import arithmetic, joined, packing, state_formats
 from pallas_kernels.random_bits import element_bits, statistic_bits, whole_place
 from pallas_kernels.state_formats import BLOCK, Blocks
 
 _U32 = jnp.uint32
 _keep = jax.lax.optimization_barrier
 CHUNK = 12_500  # blocks, 400,000 values; half and twice as many are alike
+# A leaf of fewer blocks is joined with others: half a second to compile for one whose step
+# takes a millisecond.
+JOINED = 1 << 13
 
 
-def takes(shape: tuple[int, ...], fmt) -> bool:
-  """Whether `step` takes a leaf: rows of whole blocks, a residual that needs no packing."""
-  is_even = bool(shape) and shape[-1] % BLOCK == 0 and 0 < math.prod(shape) < 1 << 32
-  return is_even and not fmt.is_full_precision and fmt.residual_bits in (0, 8, 16)
+def takes(leaf, fmt) -> bool:
+  """Whether `step` takes a leaf."""
+  return joined.takes(leaf, fmt)
 
 
-def sizes(shape: tuple[int, ...]) -> list[int]:
-  """How many blocks the chunks of a leaf have."""
-  blocks = math.prod(shape) // BLOCK
-  if blocks < 2 * CHUNK:  # no loop
-    return [blocks]
-  return [CHUNK, blocks % CHUNK] if blocks % CHUNK else [CHUNK]
+def step(rule, formats, lands, leaves: Sequence, when, index=None, windows=None):
+  """`fused_update_leaves`' arguments and results; the rule closes over no array."""
+  windows = windows or [None] * len(leaves)
+  sizes = [joined.blocks_in(leaf.gradient.shape) for leaf in leaves]
+  small = [i for i, size in enumerate(sizes) if size < JOINED]
+  if len(small) == 1:
+    small = []
+  results = {}
+  program = functools.partial(_step_joined, rule, formats, lands, when)
+  for pool in joined.pools([sizes[i] for i in small], CHUNK):
+    those = [small[i] for i in pool]
+    of = lambda xs, those=those: [xs[i] for i in those]
+    results |= dict(
+      zip(those, joined.step(program, of(leaves), index, of(windows)), strict=True)
+    )
+  for i in set(range(len(leaves))) - set(small):
+    results[i] = _step_large(rule, formats, lands, leaves[i], when, index, windows[i])
+  return [results[i] for i in range(len(leaves))]
 
 
-def step(rule, formats, gradient, low, delta, statistics, stream, when, index=None, window=None):
-  """`fused_update_leaves`' arguments and results; the rule closes over no array.
+def _step_joined(rule, formats, lands, when, leaf, draws):
+  return _chunk(rule, formats, lands, *leaf[:4], draws.bits, draws.own_bits, draws.valid, when)
 
-  With a window in units of blocks along the last axis, low is a part of a whole.
-  """
-  state = (low, delta, statistics)
-  in_blocks = lambda x: x.reshape(-1, BLOCK) if x.size == low.size else x.reshape(-1)
-  flat, gradient = jax.tree.map(in_blocks, state), gradient.reshape(-1, BLOCK)
-  blocks = gradient.shape[0]
-  first = 0 if index is None else jnp.asarray(index).astype(jnp.int32) * blocks
 
-  def at(start, count: int, flat):
+def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
+  """How many rows the chunks of a leaf have: of one size, if a good one divides it."""
+  best = max(1, CHUNK // blocks_a_row)
+  if rows < 2 * best:  # no loop
+    return [rows]
+  for count in range(-(-rows // (2 * best)), 2 * rows // best + 1):
+    if rows % count == 0 and rows // count <= 2 * best:
+      return [rows // count]
+  return [best, rows % best] if rows % best else [best]
+
+
+def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
+  """The step of a leaf in chunks of whole rows."""
+  fmt, _ = formats
+  gradient, low, delta, statistics, stream, own = leaf
+  shape = gradient.shape
+  rows, n = joined.rows_of(shape)
+  if n % BLOCK == 0:  # a row is a block, and any number of them a chunk
+    rows, n = rows * n // BLOCK, BLOCK
+  in_row = -(-n // BLOCK)
+  is_packed = delta is not None and delta.dtype == jnp.uint8
+
+  def by_row(x):
+    count = low.size // n  # of a stack
+    return x.reshape(count, x.size // count)
+
+  state = low, delta, statistics
+  flat, gradient = jax.tree.map(by_row, state), gradient.reshape(rows, n)
+  # An update to land is a further result, in its own dtype.
+  updates = None if lands is None else jnp.zeros((rows, n), lands)
+  first = 0 if index is None else jnp.asarray(index).astype(jnp.int32) * rows
+  column = jax.lax.broadcasted_iota(jnp.int32, (in_row, BLOCK), 0) * BLOCK
+  column += jax.lax.broadcasted_iota(jnp.int32, (in_row, BLOCK), 1)
+
+  def at(start, count: int, carry):
+    flat, updates = carry
     cut = lambda x, start=first + start: jax.lax.dynamic_slice_in_dim(x, start, count)
     # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
-    row = jax.lax.broadcasted_iota(_U32, (count, 1), 0) + jnp.asarray(first + start).astype(_U32)
-    row = whole_place(row, (*low.shape[:-1], low.shape[-1] // BLOCK), window)
-    place = row * _U32(BLOCK) + jax.lax.broadcasted_iota(_U32, (count, BLOCK), 1)
+    places = jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 0)
+    places = (places + jnp.asarray(first + start).astype(_U32)) * _U32(n)
+    places += jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 1) * _U32(BLOCK)
+    places += jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 2)
+    places = whole_place(places, low.shape, window).reshape(-1, BLOCK)
+    valid = None
+    if n % BLOCK:
+      valid = jnp.broadcast_to(column < n, (count, in_row, BLOCK)).reshape(-1, BLOCK)
+    fill = lambda x: joined.fill(x, n)
     cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
-    stored = cut(gradient, start), cut_low, cut_delta, cut_statistics
-    new = _chunk(rule, formats, *stored, place, stream, when)
-    put = lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, first + start, 0)
-    return jax.tree.map(put, flat, new)
+    cut_delta = cut_delta if cut_delta is None else (
+      cut_delta.reshape(count * in_row, -1) if is_packed else fill(cut_delta)
+    )  # fmt: skip
+    cut_statistics = [
+      Blocks(fill(x.codes), x.scale.reshape(-1, 1)) if isinstance(x, Blocks) else fill(x)
+      for x in cut_statistics
+    ]
+    bits = lambda lane: element_bits((stream[0], stream[1]), places, lane=lane)
+    own_bits = bits
+    if own is not None:
+      own_bits = lambda lane: element_bits((own[0], own[1]), places, lane=lane)
+    new = _chunk(
+      rule, formats, lands, fill(cut(gradient, start)), fill(cut_low), cut_delta, cut_statistics,
+      bits, own_bits, valid, when,
+    )  # fmt: skip
 
-  whole = blocks // CHUNK if blocks >= 2 * CHUNK else 0
-  if whole:
-    flat = jax.lax.fori_loop(0, whole, lambda i, flat: at(i * CHUNK, CHUNK, flat), flat)
-  if rest := blocks - whole * CHUNK:
-    flat = at(whole * CHUNK, rest, flat)
-  return jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
+    def put(x, y):
+      if x.shape[-1] == n and y.shape[-1] == BLOCK:
+        y = joined.cut_off(y, (count, n))
+      return jax.lax.dynamic_update_slice_in_dim(x, y.reshape(count, -1), first + start, 0)
+
+    if lands is not None:
+      y = joined.cut_off(new[0], (count, n))
+      updates = jax.lax.dynamic_update_slice_in_dim(updates, y, start, 0)
+      new, flat_low = (None, *new[1:]), flat[0]
+      new = jax.tree.map(put, (None, *flat[1:]), new)
+      return (flat_low, *new[1:]), updates
+    return jax.tree.map(put, flat, new), updates
+
+  size, *rest = chunk_rows(rows, in_row)
+  whole = rows // size
+  carry = flat, updates
+  if whole > 1:
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: at(i * size, size, carry), carry)
+  else:
+    carry = at(0, size, carry)
+  if rest:
+    carry = at(whole * size, rest[0], carry)
+  flat, updates = carry
+  low, delta, statistics = jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
+  return low if updates is None else updates.reshape(shape), delta, statistics
 
 
-def _chunk(rule, formats, gradient, low, delta, statistics, place, stream, when):
-  """The step of [blocks, 32] values; scales are [blocks]."""
+def _chunk(
+  rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, valid, when
+):  # fmt: skip
+  """The step of [blocks, 32] values; scales are [blocks, 1]."""
   fmt, statistic_formats = formats
-  bits = lambda lane: element_bits((stream[0], stream[1]), place, lane=lane)
+  shape = gradient.shape
+  word = _keep(bits(0)) if fmt.needs_key else None
   gradient = arithmetic.as_float32(gradient)
-  wide = None if delta is None else delta.astype(jnp.int32)
-  master = arithmetic.merge_values(low, wide, fmt)
-  codes = [x.codes if isinstance(x, Blocks) else x for x in statistics]
-  scales = [x.scale if isinstance(x, Blocks) else None for x in statistics]
-  old = list(map(state_formats.dequantize_blocks, codes, scales, statistic_formats))
+  wide = packing.unpack(delta, shape, fmt)
+  master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
+  old = [state_formats.dequantize(x, f) for x, f in zip(statistics, statistic_formats, strict=True)]
   update, values = rule(gradient, master, old)
+  if valid is not None:  # what fills a row up counts in no block's largest value
+    values = [jnp.where(valid, x, 0) for x in values]
   new_statistics = []
   for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
-    draw = statistic_bits(bits, i)
+    draw = statistic_bits(own_bits, i)
     if not f.has_scale:
       new_statistics.append(state_formats.quantize(x, f, draw))
       continue
     x = _keep(jnp.sqrt(x) if f.is_square else x)
-    # As floats: XLA:CPU has a vectorized maximum of those.
-    largest = _keep(jnp.max(jnp.abs(x), axis=-1))
-    scale_code = state_formats.scale_code(state_formats.magnitude_bits(largest), f)
-    scale = _keep(arithmetic.low_of(scale_code, jnp.bfloat16))
-    new_statistics.append(Blocks(state_formats.encode(x, scale, f, draw), scale))
-  word = old_word = _word(low, wide)
+    scale = _keep(arithmetic.low_of(state_formats.scale_code(_largest(x), f), jnp.bfloat16))
+    codes = state_formats.encode(x, scale, f, draw)
+    new_statistics.append(Blocks(codes, scale[:, None]))
+  new = low, delta, new_statistics
   if update is not None:
-    word = _word(*arithmetic.apply_values(low, wide, update, fmt, bits(0)))
+    if fmt.is_full_precision:
+      new = low + update, None, new_statistics
+      if lands is not None:
+        new = (update, *new[1:])
+    else:
+      new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
+      if lands is not None:
+        landing, new_wide = arithmetic.land_values(low, new_low, new_wide, fmt, lands)
+        new = landing, packing.pack(new_wide, fmt), new_statistics
+      elif delta is None or delta.dtype == jnp.uint8:
+        new = new_low, packing.pack(new_wide, fmt), new_statistics
+      else:
+        new = (*_in_one_loop(new_low, new_wide, delta.dtype), new_statistics)
   if when is not None:
-    word, new_statistics = jax.tree.map(
-      lambda x, y: jnp.where(when, x, y), (word, new_statistics), (old_word, statistics)
-    )
-  word, new_statistics = _keep((word, new_statistics))
-  if delta is None:
-    return arithmetic.low_of(word, fmt.dtype), None, new_statistics
-  new_delta = (word & _U32(0xFFFF)).astype(jnp.uint16)
-  new_delta = jax.lax.bitcast_convert_type(new_delta, jnp.int16).astype(delta.dtype)
-  return arithmetic.low_of(word >> _U32(16), fmt.dtype), new_delta, new_statistics
+    new = jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
+  return _keep(new)
 
 
-def _word(low, wide):
-  """Weight and residual in one word, so that one loop computes both."""
-  bits = arithmetic.low_bits_of(low)
-  return bits if wide is None else (bits << _U32(16)) | (wide.astype(_U32) & _U32(0xFFFF))
+def _in_one_loop(low, wide, dtype):
+  """Weight and residual, which one loop computes as one word."""
+  word = (arithmetic.low_bits_of(low) << _U32(16)) | (wide.astype(_U32) & _U32(0xFFFF))
+  word = _keep(word)
+  delta = jax.lax.bitcast_convert_type((word & _U32(0xFFFF)).astype(jnp.uint16), jnp.int16)
+  return arithmetic.low_of(word >> _U32(16), low.dtype), delta.astype(dtype)
+
+
+def _largest(x):
+  """The bit pattern of a block's largest magnitude, uint32 [blocks]; NaN if one is NaN."""
+  # As signed integers: XLA:CPU has a vectorized maximum of those, and none that keeps a NaN.
+  bits = state_formats.magnitude_bits(x).astype(jnp.int32)
+  return jnp.max(bits, axis=-1, initial=0).astype(_U32)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arithmetic, chunked, launch_blocks, packing, state_formats
+from pallas_kernels import arithmetic, chunked, joined, launch_blocks, packing, state_formats
 from pallas_kernels.random_bits import Window, random_bits, statistic_bits
 from pallas_kernels.state_formats import BLOCK, Blocks
 
@@ -35,47 +36,89 @@ class Leaf(NamedTuple):
 
 
 def on_xla(
-  rules, formats, scalars, leaves: Sequence[Leaf], when, index, contracts=False, windows=None
-):
+  rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None, *,
+  contracts=False, joins=False,
+):  # fmt: skip
   """The step as an XLA program; leaves of one shape are traced once.
 
   XLA:GPU may contract: kept from it, it keeps more in memory between its passes
-  (8 bytes a value of a leaf with clipping in front).
+  (8 bytes a value of a leaf with clipping in front). Small leaves are joined where
+  XLA does not partition its program.
   """
   rule = _bound(rules, scalars, contracts)
-  xla = jax.jit(functools.partial(_xla_in_stack, rule, formats))
   windows = windows or [None] * len(leaves)
-  return [xla(leaf, when, index, window) for leaf, window in zip(leaves, windows, strict=True)]
+  xla = jax.jit(functools.partial(_xla_in_stack, rule, formats, lands))
+
+  def alone(leaf, window):
+    return xla(leaf, when, index, window)
+
+  if not joins:
+    return list(map(alone, leaves, windows))
+  program = lambda leaf, draws: _xla(rule, formats, lands, leaf, when, draws=draws)
+  return _small_joined(program, alone, formats, leaves, index, windows)
 
 
-def _xla_in_stack(rule, formats, leaf: Leaf, when, index, window: Window | None = None):
+def _small_joined(program, alone, formats, leaves, index, windows, whole_tiles=1):
+  """Calls alone(leaf, window) for large leaves, and program(leaf, draws) for small ones joined."""
+  small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
+  small = [i for i in small if joined.takes(leaves[i], formats[0])]
+  small = small if len(small) > 1 or whole_tiles > 1 else []
+  sizes = [joined.blocks_in(leaves[i].gradient.shape) for i in small]
+  results = {}
+  for pool in joined.pools(sizes, MOST_JOINED):
+    those = [small[i] for i in pool]
+    args = [leaves[i] for i in those], index, [windows[i] for i in those]
+    results |= dict(zip(those, joined.step(program, *args, whole_tiles), strict=True))
+  for i in set(range(len(leaves))) - set(small):
+    results[i] = alone(leaves[i], windows[i])
+  return [results[i] for i in range(len(leaves))]
+
+
+def is_small(shape: tuple[int, ...]) -> bool:
+  """Whether a leaf is better stepped with others.
+
+  A launch takes an H100 about as long as 8 MB of memory traffic; a step moves
+  12 bytes a value.
+  """
+  return math.prod(shape) < 1 << 18
+
+
+def _xla_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None):
   if index is None:
-    return _xla(rule, formats, leaf, when, window)
+    return _xla(rule, formats, lands, leaf, when, window)
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
   window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
   window = Window((index, *window.start[1:]), window.shape)
   low, delta, statistics = stored
   one = leaf._replace(low=low, delta=delta, statistics=statistics)
-  new = _xla(rule, formats, one, when, window)
+  new = _xla(rule, formats, lands, one, when, window)
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return jax.tree.map(put, stack, new)
 
 
-def _xla(rule, formats, leaf: Leaf, when, window: Window | None = None):
+def _xla(
+  rule, formats, lands, leaf: Leaf, when, window: Window | None = None, draws: Any = None
+):  # fmt: skip
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
-  bits, own_bits = (
-    functools.partial(random_bits, words, low.shape, window=window)
-    for words in (stream, stream if own is None else own)
-  )
+  valid = None
+  if draws is None:
+    bits, own_bits = (
+      functools.partial(random_bits, words, low.shape, window=window)
+      for words in (stream, stream if own is None else own)
+    )
+  else:
+    bits, own_bits, valid = draws.bits, draws.own_bits, draws.valid
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
 
   def run(stored):
-    values = map(state_formats.dequantize, stored, statistic_formats)
-    return rule(gradient, master, list(values))
+    update, values = rule(gradient, master, list(map(state_formats.dequantize, stored, statistic_formats)))
+    if valid is not None:
+      values = [jnp.where(valid, x, 0) for x in values]
+    return update, values
 
   update, values = run(statistics)
   scales = [
@@ -96,14 +139,20 @@ def _xla(rule, formats, leaf: Leaf, when, window: Window | None = None):
   ]
   new = low, delta, new_statistics
   if update is not None:
-    if fmt.is_full_precision:
-      new_low, new_wide = low + update, None
-    else:
-      new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
-    new = new_low, packing.pack(new_wide, fmt), new_statistics
+    new = (*_moved(fmt, lands, low, delta, wide, update, bits), new_statistics)
   if when is None:
     return new
   return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
+
+
+def _moved(fmt, lands, low, delta, wide, update, bits):
+  """The new weight, or the update that lands on it; and the residual."""
+  if fmt.is_full_precision:
+    return (low + update if lands is None else update), None
+  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
+  if lands is not None:
+    new_low, new_wide = arithmetic.land_values(low, new_low, new_wide, fmt, lands)
+  return new_low, packing.pack(new_wide, fmt)
 
 
 def _bound(rules, scalars, contracts: bool = False) -> Rule:
@@ -116,7 +165,7 @@ def _bound(rules, scalars, contracts: bool = False) -> Rule:
   def rule(gradient, *others):
     shape = gradient.shape
     args = jax.tree.map(lambda x: x.reshape(shape or (1,)), (gradient, *others))
-    rest = rules.get(shape or (1,)) or next(iter(rules.values()))  # of some shard
+    rest = rules.get(shape or (1,)) or next(iter(rules.values()))
     update, values = rest(scalars, *args, contracts=contracts)
     if update is not None and not contracts:
       update = arithmetic.rounded(update)
@@ -125,68 +174,138 @@ def _bound(rules, scalars, contracts: bool = False) -> Rule:
   return rule
 
 
-def on_one_cpu(rules, formats, scalars, leaves: Sequence[Leaf], when, index, windows=None):
+def on_one_cpu(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
   """The step as an XLA program for one CPU."""
-  rule = _bound(rules, scalars)
-  windows = map(_in_blocks, windows or [None] * len(leaves))
-  pairs = zip(leaves, windows, strict=True)
-  return [chunked.step(rule, formats, *leaf[:5], when, index, window) for leaf, window in pairs]
+  return chunked.step(_bound(rules, scalars), formats, lands, leaves, when, index, windows)
 
 
-def as_kernel(rules, formats, scalars, leaves: Sequence[Leaf], when, index, windows=None):
-  """The step as a Mosaic GPU kernel."""
-  fmt, statistic_formats = formats
+# Leaves of one size in a kernel: more of them are fewer launches, and seconds more to compile.
+MOST_IN_A_KERNEL = 4
+# Small leaves of more sizes than these are joined: each is a kernel of its own to compile.
+MOST_SIZES = 12
+MOST_JOINED = 1 << 16  # blocks
 
-  def tile(bits, scalars, gradient_T, values_T, scales_K):
-    (low_T, *rest_T), scales_K = values_T, iter(scales_K)
-    delta_T = rest_T.pop(0).astype(jnp.int32) if fmt.residual_bits else None
-    master_T = arithmetic.merge_values(low_T, delta_T, fmt)
-    old_T = [
-      state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
-      for x_T, f in zip(rest_T, statistic_formats, strict=True)
+
+def takes_kernel(leaf: Leaf, shape: tuple[int, ...], stack: tuple[int, ...]) -> bool:
+  """Whether `as_kernel` takes a leaf: rows of whole blocks, or a small one of any shape."""
+  if all(map(launch_blocks.takes_blocks, (shape, stack))):
+    return True
+  return is_small(shape) and 0 < math.prod(stack) < launch_blocks.MAX_SIZE
+
+
+def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
+  """The step as Mosaic GPU kernels: one a leaf, small leaves of one size a few at a time."""
+  windows = windows or [None] * len(leaves)
+  tile = functools.partial(_tile, rules, formats, lands)
+  results: dict[int, Any] = {}
+
+  @jax.jit  # groups of one kind are lowered once
+  def kernel(scalars, group, of, when, index):
+    parts = [
+      None if x is None else ((*leaf.low.shape[:-1], leaf.low.shape[-1] // BLOCK), x.shape)
+      for leaf, x in zip(group, of, strict=True)
     ]
-    update_T, new_T = _bound(rules, scalars, True)(
-      arithmetic.as_float32(gradient_T), master_T, old_T
-    )
-    if update_T is not None:
-      low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
-    values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(values_T[1].dtype)]
-    new_scales_K = []
-    for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
-      codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i))
-      values_T.append(codes_T)
-      new_scales_K += [scale_K] if f.has_scale else []
-    return values_T, new_scales_K
+    block_leaves = list(map(functools.partial(_operands, lands), group, of))
+    launch_blocks.blockwise(tile, block_leaves, scalars, when, index, parts)
+    return list(map(functools.partial(_frozen, lands), group, block_leaves))
 
-  def operands(leaf: Leaf, window: Window | None) -> launch_blocks.BlockLeaf:
-    blocks = lambda x: x.reshape(-1, BLOCK)
-    values = [x for x in (leaf.low, leaf.delta) if x is not None]
-    values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
-    scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
-    refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
-    start = None
-    if window is not None:
-      start = jnp.stack([jnp.asarray(x, jnp.int32) for x in window.start])
-    return launch_blocks.BlockLeaf(leaf.stream, blocks(leaf.gradient), refs, scale_refs, start)
+  def run(those: Sequence[int]):
+    of = [_in_blocks(windows[i]) for i in those]
+    found = kernel(scalars, [leaves[i] for i in those], of, when, index)
+    results.update(zip(those, found, strict=True))
 
-  in_blocks = list(map(_in_blocks, windows or [None] * len(leaves)))
-  block_leaves = list(map(operands, leaves, in_blocks))
-  parts = [
-    None if x is None else ((*leaf.low.shape[:-1], leaf.low.shape[-1] // BLOCK), x.shape)
-    for leaf, x in zip(leaves, in_blocks, strict=True)
+  sizes: dict[int, list[int]] = {}
+  rest = []
+  for i, leaf in enumerate(leaves):
+    if launch_blocks.takes_blocks(leaf.gradient.shape):
+      sizes.setdefault(leaf.gradient.size, []).append(i)
+    else:
+      rest.append(i)
+  small = [n for n in sizes if is_small((n,))]
+  if len(small) > MOST_SIZES:
+    rest += [i for n in small for i in sizes.pop(n)]
+  for n, those in sizes.items():
+    most = MOST_IN_A_KERNEL if is_small((n,)) else 1
+    count = next(k for k in range(most, 0, -1) if len(those) % k == 0)
+    for i in range(0, len(those), count):
+      run(those[i : i + count])
+
+  def joined_kernel(leaf: Leaf, draws):
+    bl = _operands(lands, leaf, None, draws)
+    launch_blocks.blockwise(tile, [bl], scalars, when)
+    return _frozen(lands, leaf, bl)
+
+  for pool in joined.pools(
+    [joined.blocks_in(leaves[i].gradient.shape) for i in rest], MOST_JOINED
+  ):
+    those = [rest[i] for i in pool]
+    args = [leaves[i] for i in those], index, [windows[i] for i in those]
+    found = joined.step(joined_kernel, *args, launch_blocks.TILE_ROWS)
+    results.update(zip(those, found, strict=True))
+  return [results[i] for i in range(len(leaves))]
+
+
+def _tile(rules, formats, lands, bits, valid, scalars, reads_T, values_T, scales_K):
+  """The step of a tile of blocks in registers."""
+  fmt, statistic_formats = formats
+  gradient_T, *low_T = reads_T
+  (low_T, *rest_T), scales_K = [*low_T, *values_T], iter(scales_K)
+  stored_T = rest_T[0] if fmt.residual_bits else None
+  delta_T = rest_T.pop(0).astype(jnp.int32) if fmt.residual_bits else None
+  master_T = arithmetic.merge_values(low_T, delta_T, fmt)
+  old_T = [
+    state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
+    for x_T, f in zip(rest_T, statistic_formats, strict=True)
   ]
-  launch_blocks.blockwise(tile, block_leaves, scalars, when, index, parts)
-  return [_frozen(leaf, written) for leaf, written in zip(leaves, block_leaves, strict=True)]
+  update_T, new_T = _bound(rules, scalars, True)(
+    arithmetic.as_float32(gradient_T), master_T, old_T
+  )
+  new_low_T = low_T
+  if update_T is not None:
+    new_low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
+  if lands is not None:
+    update_T, delta_T = arithmetic.land_values(low_T, new_low_T, delta_T, fmt, lands)
+  values_T = [new_low_T] if lands is None else []
+  values_T += [] if delta_T is None else [delta_T.astype(stored_T.dtype)]
+  new_scales_K = []
+  for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
+    if valid is not None:
+      x_T = jnp.where(valid, x_T, 0)
+    codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i))
+    values_T.append(codes_T)
+    new_scales_K += [scale_K] if f.has_scale else []
+  return values_T + ([] if lands is None else [update_T]), new_scales_K
 
 
-def _frozen(leaf: Leaf, written: launch_blocks.BlockLeaf):
+def _operands(lands, leaf: Leaf, window: Window | None, draws=None) -> launch_blocks.BlockLeaf:
+  blocks = lambda x: x.reshape(-1, BLOCK)
+  values = [x for x in (leaf.low, leaf.delta) if x is not None]
+  reads = [blocks(leaf.gradient)]
+  outputs = []
+  if lands is not None:  # the weight is only read
+    reads.append(blocks(values.pop(0)))
+    outputs = [jax.new_ref(jax.lax.empty(reads[0].shape, lands))]
+  values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
+  scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
+  refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
+  start, rows = None, ()
+  if window is not None:
+    start = jnp.stack([jnp.asarray(x, jnp.int32) for x in window.start])
+  if draws is not None:
+    rows = tuple(x.reshape(-1) for x in (*draws.words, draws.first))
+    if draws.length is not None:
+      rows = (*rows, draws.length)
+  return launch_blocks.BlockLeaf(leaf.stream, reads, refs, scale_refs, outputs, start, rows)
+
+
+def _frozen(lands, leaf: Leaf, written: launch_blocks.BlockLeaf):
   """What the kernel wrote, in the shapes of the leaf."""
   values, scales = iter(written.refs), iter(written.scale_refs)
 
   def take(refs, x):
     return jax.freeze(next(refs)).reshape(x.shape)
 
-  low = take(values, leaf.low)
+  low = take(values if lands is None else iter(written.outputs), leaf.low)
   delta = None if leaf.delta is None else take(values, leaf.delta)
   statistics = [
     Blocks(take(values, x.codes), take(scales, x.scale))

@@ -9,7 +9,6 @@ between them; the kernel holds a tile of blocks in registers and makes one.
 
 from collections.abc import Sequence
 import functools
-import math
 from typing import Any
 
 import jax
@@ -92,12 +91,16 @@ def fused_update(
 def fused_update_leaves(
   rule: Rule, leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, when,
   implementation: launch.Implementation | None, index: jax.Array | None = None,
+  lands: Any = None,
 ) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
-  """`fused_update` of leaves with the same rule and formats, as one kernel where it is one.
+  """`fused_update` of leaves with the same rule and formats; small ones share programs.
 
   With an index, each leaf but its gradient is a stack of arrays, of which the
   one at that place is stepped: in place, with the random bits of the stack's
   elements. An array of a stack is no scalar.
+
+  With lands, a dtype, the update that `optax.apply_updates` lands takes the
+  place of the new weight (`arithmetic.land_values`), in that dtype.
 
   A rule that returns None for the update leaves the weight as it is.
   """
@@ -115,61 +118,64 @@ def fused_update_leaves(
   shards = None if mesh is None else sharded.Shards.of(leaves, mesh, index is not None)
   if shards is not None:
     shapes, stacks = shards.shapes, shards.stacks
-  takes_kernel = not reason and all(map(launch_blocks.takes_blocks, shapes + stacks))
+  own_stream = any(x.statistics_stream is not None for x in leaves)
+  is_plain = own_stream or _is_wide(rule, formats)
+  scalars, rules = _hoisted(rule, formats, shapes)
+  # A rule that holds programs of its own takes the shapes alone that it was traced with.
+  is_flat = all(rest.takes_any_shape for rest in rules.values())
+  takes_kernel = not reason and not is_plain and is_flat
+  takes_kernel &= all(map(fused_programs.takes_kernel, leaves, shapes, stacks))
   takes_kernel &= mesh is None or (shards is not None and shards.fit_words)
-  tiles = [(n, BLOCK) for n in launch_blocks.tile_rows(shapes)] if takes_kernel else []
+  kernel = functools.partial(fused_programs.as_kernel, rules, formats, lands)
   if implementation == "mosaic_gpu" and takes_kernel:
-    scalars, rules = _hoisted(rule, formats, tiles)
-    kernel = functools.partial(fused_programs.as_kernel, rules, formats)
     if shards is not None:
       return shards.each(kernel)(scalars, leaves, when, index)
     if launch.interpreter_is_forced():  # its effects are none of by_device's
       return kernel(scalars, leaves, when, index)
     refused = {"mosaic_gpus": _refuse, "gpus": _refuse}
-    return by_device(
-      {"any": kernel, **refused, **_on_shards(rules, formats, leaves)}, scalars, leaves, when, index
-    )
+    on_shards = _on_shards(rules, formats, lands, leaves)
+    return by_device({"any": kernel, **refused, **on_shards}, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
-  is_whole = any(x.statistics_stream is not None for x in leaves) or _is_wide(rule, formats)
-  is_chunked = not is_whole and all(chunked.takes(shape, fmt) for shape in stacks)
-  chunks = [(n, BLOCK) for shape in shapes for n in chunked.sizes(shape)] if is_chunked else []
-  is_kernel = not is_whole and implementation is None and takes_kernel and is_narrow and has_scales
-  # A program for a device closes over no tracer, as the rule may.
-  scalars, rules = _hoisted(rule, formats, shapes + chunks + (tiles if is_kernel else []))
+  is_chunked = not is_plain and is_flat and all(chunked.takes(leaf, fmt) for leaf in leaves)
+  is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
+  xla = functools.partial(fused_programs.on_xla, rules, formats, lands)
   programs: dict[str, Any] = {
-    "any": functools.partial(fused_programs.on_xla, rules, formats),
-    "gpu": functools.partial(fused_programs.on_xla, rules, formats, contracts=True),
+    "any": xla,
+    "gpu": functools.partial(xla, contracts=True, joins=is_flat and not is_plain),
+    "gpus": functools.partial(xla, contracts=True),
+    "mosaic_gpus": functools.partial(xla, contracts=True),
   }
   if mesh is not None and shards is None:  # XLA moves what belongs together
+    programs["gpu"] = programs["gpus"]
     run, old = functools.partial(by_device, programs), [leaf[1:4] for leaf in leaves]
     return sharded.automatic_in_place(run, mesh, old, scalars, leaves, when, index)
   if is_chunked:
-    programs["cpu"] = functools.partial(fused_programs.on_one_cpu, rules, formats)
+    programs["cpu"] = functools.partial(fused_programs.on_one_cpu, rules, formats, lands)
   if is_kernel:
-    programs["mosaic_gpu"] = functools.partial(fused_programs.as_kernel, rules, formats)
+    programs["mosaic_gpu"] = kernel
   if shards is not None:
     programs = {kind: shards.each(program) for kind, program in programs.items()}
   elif is_kernel:
-    programs |= _on_shards(rules, formats, leaves)
+    programs |= _on_shards(rules, formats, lands, leaves)
   return by_device(programs, scalars, leaves, when, index, on_each=shards is not None)
 
 
-def _on_shards(rules, formats, leaves: Sequence[Leaf]) -> dict[str, Any]:
+def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:
   """The program for several GPUs, if the rule takes shards, whose shapes only XLA knows.
 
   Not for leaves that are replicated on a mesh with Explicit axes.
   """
   is_explicit = any(sharded.has_explicit_axes(leaf.low) for leaf in leaves)
-  if is_explicit or not all(rest.takes_any_shape for rest in rules.values()):
+  if is_explicit or not all(map(launch_blocks.takes_blocks, (x.gradient.shape for x in leaves))):
     return {}
 
   def program(scalars, leaves, when, index, windows):
     takes_kernel = all(launch_blocks.takes_blocks(leaf.gradient.shape) for leaf in leaves)
     run = fused_programs.as_kernel if takes_kernel else fused_programs.on_xla
-    return run(rules, formats, scalars, leaves, when, index, windows=windows)
+    return run(rules, formats, lands, scalars, leaves, when, index, windows=windows)
 
   return {"mosaic_gpus": functools.partial(partitioned, program)}
 
@@ -180,15 +186,6 @@ def _refuse(*args):
     " functions of their own (jax.lax.cond, jax.custom_jvp), and weights that are not replicated on"
     ' a mesh with Explicit axes; "xla" and None take all.'
   )
-
-
-def is_small(shape: tuple[int, ...]) -> bool:
-  """Whether a leaf is better stepped in one kernel with others.
-
-  A launch takes an H100 about as long as 8 MB of memory traffic; a step moves
-  12 bytes a value.
-  """
-  return launch_blocks.takes_blocks(shape) and math.prod(shape) < 1 << 18
 
 
 def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
@@ -230,8 +227,18 @@ def _is_wide(rule, formats) -> bool:
 
 
 def _hoisted(rule, formats, shapes: Sequence[tuple[int, ...]]):
-  """The rule's scalars, and the rule without them, by the shape that it is called on."""
+  """The rule's scalars, and the rule without them, by the shape that it is called on.
+
+  Traced once, unless it holds programs of its own, on arrays of one shape.
+  """
   shapes = list(dict.fromkeys(shape or (1,) for shape in shapes))
-  structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  scalars, rules = zip(*(hoist(rule, (x, x, [x] * len(formats[1]))) for x in structs), strict=True)
-  return scalars[0], dict(zip(shapes, rules, strict=True))
+
+  def hoisted(shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return hoist(rule, (x, x, [x] * len(formats[1])))
+
+  scalars, rest = hoisted(shapes[0])
+  rules = {shapes[0]: rest}
+  if not rest.takes_any_shape:
+    rules |= {shape: hoisted(shape)[1] for shape in shapes[1:]}
+  return scalars, rules

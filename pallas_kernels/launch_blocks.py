@@ -22,7 +22,9 @@ from pallas_kernels.state_formats import BLOCK
 
 _HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
 # Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
-_ROWS = (32, 16, 8, 4, 2, 1) if _HAS_STORE else (32,)
+# Each size is a program of its own to compile.
+_ROWS = (32, 8, 1) if _HAS_STORE else (32,)
+TILE_ROWS = _ROWS[0]
 
 
 def _block_layout(rows: int):
@@ -50,20 +52,26 @@ class BlockLeaf(NamedTuple):
   """The operands of `blockwise` that belong to one array.
 
   Attributes:
-    key: uint32 [2], the stream's words.
-    read: what is only read, [blocks, 32].
+    key: uint32 [2], the stream's words; of joined arrays, None.
+    reads: what is only read, [blocks, 32].
     refs: what is replaced, likewise, of at most 16 bits a value; or a stack of
       such arrays, [count * blocks, 32].
     scale_refs: what is replaced, bfloat16 [blocks] or [count * blocks].
+    outputs: what is only written, [blocks, 32].
     start: where the array, or the stack, is a part of a whole: its first place
       along each axis, int32 [axes], in blocks along the last; else None.
+    draws: of joined arrays: uint32 [blocks] each, the two words of a block's
+      stream and the place of its first element; perhaps int32 [blocks], the
+      number of its elements.
   """
 
-  key: jax.Array
-  read: jax.Array
+  key: jax.Array | None
+  reads: list[jax.Array]
   refs: list[jax.Ref]
   scale_refs: list[jax.Ref]
+  outputs: list[jax.Ref]
   start: jax.Array | None = None
+  draws: tuple[jax.Array, ...] = ()
 
 
 def blockwise(
@@ -77,9 +85,10 @@ def blockwise(
   """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
   Args:
-    tile: `(bits, scalars, read, values, scales) -> (values, scales)`, on
-      arrays [rows, 32] for some blocks, and [rows] for their scales;
-      bits(lane) are the stream's (`element_bits`).
+    tile: `(bits, valid, scalars, reads, values, scales) -> (values, scales)`,
+      on arrays [rows, 32] for some blocks, and [rows] for their scales; the
+      outputs stand behind the new values. bits(lane) are the stream's
+      (`element_bits`), valid says which elements are there, None if all are.
     leaves: the arrays.
     scalars: what tile's scalars are (float32, or exact in it: bools, integers).
     when: a bool: where it is False nothing is written; or None.
@@ -91,7 +100,7 @@ def blockwise(
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
-  groups = _groups([leaf.read.shape[0] for leaf in leaves])
+  groups = _groups([leaf.reads[0].shape[0] for leaf in leaves])
   table = np.concatenate([group.table for group in groups])
   tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
   operands, treedef = jax.tree.flatten((numbers, flags, indices, tables, list(leaves)))
@@ -198,7 +207,7 @@ def _run_tile(
 
   def first(leaf: BlockLeaf):
     """The tile's first block, in the array and in the stack."""
-    return start, start if index is None else index * leaf.read.shape[0] + start
+    return start, start if index is None else index * leaf.reads[0].shape[0] + start
 
   def load(leaf: BlockLeaf, in_whole):
     in_array, in_stack = first(leaf)
@@ -206,16 +215,26 @@ def _run_tile(
     def array(ref, first=in_stack, layout=layout):
       return plgpu.load(ref.at[pl.ds(first, rows)], layout=layout, optimized=False)
 
+    by_row = lambda ref, first=in_stack: array(ref, first, layout.reduce(1))
+    if leaf.key is None:
+      place = [by_row(ref, in_array) for ref in leaf.draws]
+    else:
+      place = [leaf.key[0], leaf.key[1], in_whole(in_stack.astype(jnp.uint32), row)]
     return (
-      (leaf.key[0], leaf.key[1], in_whole(in_stack.astype(jnp.uint32), row)),
-      array(leaf.read, in_array),
+      place,
+      [array(x, in_array) for x in leaf.reads],
       [array(ref) for ref in leaf.refs],
-      [array(ref, layout=layout.reduce(1)) for ref in leaf.scale_refs],
+      [by_row(ref) for ref in leaf.scale_refs],
     )
 
   def store(leaf: BlockLeaf, in_whole, values, scales):
     del in_whole
-    blocks = pl.ds(first(leaf)[1], rows)
+    in_array, in_stack = first(leaf)
+    blocks = pl.ds(in_stack, rows)
+    values = list(values)
+    for ref in leaf.outputs[::-1]:  # float32: two stores of 16 bytes a thread
+      here = ref.at[pl.ds(in_array, rows)]
+      plgpu.store(here, values.pop(), optimized=False)
     for ref, value in zip(leaf.refs, values, strict=True):
       if rows == _ROWS[0]:
         ref[blocks] = value
@@ -236,8 +255,18 @@ def _run_tile(
     branches = [functools.partial(f, *of) for of in zip(leaves, wholes, strict=True)]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  (*words, blocks), read, values, scales = choose(load)
-  blocks = blocks if blocks.shape else row + blocks
-  place = blocks * jnp.uint32(BLOCK) + column
+  (*words, blocks), reads, values, scales = choose(load)
+  valid = None
+  if leaves[0].key is None:
+    across = lambda x: jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,))
+    if len(leaves[0].draws) == 4:
+      *words, first_places, valid = map(across, (*words, blocks))
+      valid = column.astype(jnp.int32) < valid
+    else:
+      *words, first_places = map(across, (*words, blocks))
+    place = first_places + column
+  else:
+    blocks = blocks if blocks.shape else row + blocks
+    place = blocks * jnp.uint32(BLOCK) + column
   bits = lambda lane: element_bits(words, place, lane=lane)
-  choose(store, *tile(bits, scalars, read, values, scales))
+  choose(store, *tile(bits, valid, scalars, reads, values, scales))

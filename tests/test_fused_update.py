@@ -67,7 +67,7 @@ def step(
 def plain(leaf: Leaf, fmt="bf16+8", statistic_formats=INT8, when=None):
   """The program of a sharded array or an old GPU."""
   formats = lowmem.DeltaFormat.parse(fmt), statistic_formats
-  return jax.jit(functools.partial(_xla, bound(adam, formats, leaf), formats))(leaf, when)
+  return jax.jit(functools.partial(_xla, bound(adam, formats, leaf), formats, None))(leaf, when)
 
 
 def bound(rule, formats, leaf: Leaf):
@@ -134,7 +134,7 @@ def test_chunks(fmt, statistics, monkeypatch):
   monkeypatch.setattr(chunked, "CHUNK", 5)
   formats = STATISTICS[statistics]
   leaf = make_leaf((13, 64), fmt, formats)
-  assert chunked.sizes(leaf.low.shape) == [5, 1]
+  assert chunked.chunk_rows(26, 1) == [5, 1]
   assert_trees_equal(step([leaf], None, fmt, formats)[0], plain(leaf, fmt, formats))
   assert_trees_equal(step([leaf], "xla", fmt, formats)[0], plain(leaf, fmt, formats))
 
@@ -198,7 +198,7 @@ def test_stacks(shape, fmt, implementation, monkeypatch):
     wanted = plain(leaf, fmt)
     formats = lowmem.DeltaFormat.parse(fmt), INT8
     call = jax.jit(
-      lambda leaf, i: _xla_in_stack(bound(adam, formats, leaf), formats, leaf, None, i)
+      lambda leaf, i: _xla_in_stack(bound(adam, formats, leaf), formats, None, leaf, None, i)
     )
   else:
     (wanted,) = step([leaf], implementation, fmt)
@@ -240,7 +240,7 @@ def test_a_rule_without_an_update(implementation):
   rule = lambda *args: (None, adam(*args)[1])
   formats = lowmem.DeltaFormat.parse("bf16+8"), INT8
   run = lambda rule: (
-    jax.jit(functools.partial(_xla, bound(rule, formats, leaf), formats))(leaf, None)
+    jax.jit(functools.partial(_xla, bound(rule, formats, leaf), formats, None))(leaf, None)
     if implementation == "plain" else step([leaf], implementation, rule=rule)[0]
   )  # fmt: skip
   assert_trees_equal(run(rule), (*leaf[1:3], run(adam)[2]))

@@ -1,0 +1,211 @@
+"""joined: many leaves as one array of blocks, which one program steps, and which is cut again.
+
+A program costs seconds to compile, however small its leaf is. So small leaves of one kind are
+copied behind each other, each row filled up to whole blocks of 32. An element keeps its random
+bits: a block knows its leaf's stream and its place there.
+"""
+
+from collections.abc import Callable, Sequence
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.random_bits import Window, element_bits, whole_place
+from pallas_kernels.state_formats import BLOCK, Blocks
+
+_U32 = jnp.uint32
+
+
+class Draws(NamedTuple):
+  """Where blocks get their random bits, and which of their values are there.
+
+  Attributes:
+    words: two uint32 [blocks, 1], the words of each block's stream.
+    own_words: likewise of the statistics' streams.
+    first: uint32 [blocks, 1], the place of each block's first element.
+    length: int32 [blocks], how many values a block has; None where every block is full.
+  """
+
+  words: tuple[jax.Array, jax.Array]
+  own_words: tuple[jax.Array, jax.Array]
+  first: jax.Array
+  length: Any
+
+  @property
+  def valid(self):
+    """Which values are there, bool [blocks, 32]; None for all."""
+    if self.length is None:
+      return None
+    column = jax.lax.broadcasted_iota(jnp.int32, (len(self.length), BLOCK), 1)
+    return column < self.length[:, None]
+
+  def bits(self, lane: int) -> jax.Array:
+    """The stream's bits of every element, uint32 [blocks, 32]."""
+    return element_bits(self.words, self._places(), lane=lane)
+
+  def own_bits(self, lane: int) -> jax.Array:
+    """The bits of the statistics."""
+    return element_bits(self.own_words, self._places(), lane=lane)
+
+  def _places(self):
+    shape = (self.first.shape[0], BLOCK)
+    return self.first + jax.lax.broadcasted_iota(_U32, shape, 1)
+
+
+def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
+  """(rows, values a row) of an array; a scalar is a row of one."""
+  return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def blocks_in(shape: tuple[int, ...]) -> int:
+  """How many blocks an array has, short ones included."""
+  rows, n = rows_of(shape)
+  return rows * -(-n // BLOCK)
+
+
+def takes(leaf, fmt) -> bool:
+  """Whether a leaf can be joined: a residual in whole blocks, places that fit 32 bits."""
+  shape, whole = leaf.gradient.shape, leaf.low.shape
+  is_in_blocks = fmt.residual_bits in (0, 8, 16) or (bool(shape) and shape[-1] >= BLOCK)
+  return is_in_blocks and 0 < math.prod(whole) < 1 << 32
+
+
+def pools(sizes: Sequence[int], most: int) -> list[list[int]]:
+  """Cuts a list of leaves of these numbers of blocks into runs of at most `most` blocks."""
+  result: list[list[int]] = [[]]
+  total = 0
+  for i, size in enumerate(sizes):
+    if result[-1] and total + size > most:
+      result.append([])
+      total = 0
+    result[-1].append(i)
+    total += size
+  return result if result[0] else []
+
+
+def fill(x: jax.Array, n: int) -> jax.Array:
+  """[..., n] -> [blocks, 32], each row filled up with zeros."""
+  x = x.reshape(-1, n) if x.size else x.reshape(0, n)
+  x = jnp.pad(x, ((0, 0), (0, -n % BLOCK))) if n % BLOCK else x
+  return x.reshape(-1, BLOCK)
+
+
+def cut_off(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The inverse of `fill`."""
+  rows, n = rows_of(shape)
+  if n % BLOCK:
+    blocks = blocks.reshape(rows, -(-n // BLOCK) * BLOCK)[:, :n]
+  return blocks.reshape(shape)
+
+
+def step(
+  program: Callable,
+  leaves: Sequence[Any],
+  index: jax.Array | None,
+  windows: Sequence[Window | None] | None,
+  whole_tiles: int = 1,
+):
+  """Steps leaves as one.
+
+  Args:
+    program: (leaf, draws) -> (low, delta, statistics), of a leaf [blocks, 32].
+    leaves: `fused_programs.Leaf`s that `takes` is true of, with the same formats.
+    index: the place of each leaf in a stack, or None.
+    windows: the part of a whole that each leaf is, or None.
+    whole_tiles: the number of blocks is filled up to a multiple of this.
+
+  Returns:
+    (low, delta, statistics) of each leaf.
+  """
+  stored = [leaf[1:4] for leaf in leaves]
+  if index is not None:
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    stored = jax.tree.map(take, stored)
+  shapes = [leaf.gradient.shape for leaf in leaves]
+  counts = [blocks_in(shape) for shape in shapes]
+  spare = -sum(counts) % whole_tiles
+
+  def concatenate(parts):
+    if spare:
+      parts = [*parts, jnp.zeros((spare, *parts[0].shape[1:]), parts[0].dtype)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+  def values(*xs):
+    return concatenate([fill(x, rows_of(shape)[1]) for x, shape in zip(xs, shapes, strict=True)])
+
+  def residuals(*xs):
+    if xs[0].dtype != jnp.uint8:
+      return values(*xs)
+    # Packed, it has as many bytes for each block, whatever the block's length.
+    return concatenate([x.reshape(count, -1) for x, count in zip(xs, counts, strict=True)])
+
+  def statistic(*xs):
+    if not isinstance(xs[0], Blocks):
+      return values(*xs)
+    scales = concatenate([x.scale.reshape(-1, 1) for x in xs])
+    return Blocks(values(*(x.codes for x in xs)), scales)
+
+  lows, deltas, statistics = zip(*stored, strict=True)
+  leaf = type(leaves[0])(
+    gradient=values(*(leaf.gradient for leaf in leaves)),
+    low=values(*lows),
+    delta=None if deltas[0] is None else residuals(*deltas),
+    statistics=[statistic(*xs) for xs in zip(*statistics, strict=True)],
+    stream=None,
+  )
+  new = program(leaf, _draws(leaves, shapes, counts, spare, index, windows))
+
+  # Behind a barrier, so that the copies of equal leaves are one kernel to a compiler.
+  starts = list(itertools.accumulate(counts, initial=0))
+  starts = jax.lax.optimization_barrier([jnp.int32(x) for x in starts[:-1]])
+  results = []
+  for shape, count, start, old in zip(shapes, counts, starts, stored, strict=True):
+
+    def cut(x, like, shape=shape, count=count, start=start):
+      x = jax.lax.dynamic_slice_in_dim(x, start, count)
+      return cut_off(x, shape) if x.shape[1:] == (BLOCK,) else x.reshape(like.shape)
+
+    results.append(jax.tree.map(cut, new, old))
+  if index is None:
+    return results
+  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), index, 0)
+  return [
+    jax.tree.map(put, leaf[1:4], result) for leaf, result in zip(leaves, results, strict=True)
+  ]
+
+
+def _draws(leaves, shapes, counts, spare: int, index, windows) -> Draws:
+  """The blocks' streams and places."""
+  which = np.repeat(np.arange(len(leaves)), counts)
+  which = np.concatenate([which, np.zeros(spare, which.dtype)])
+
+  def words(streams):
+    table = jnp.stack(streams).at[which].get(mode="promise_in_bounds")
+    return table[:, :1], table[:, 1:]
+
+  firsts: list[Any] = []
+  lengths = []
+  for i, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True)):
+    rows, n = rows_of(shape)
+    column = np.arange(0, n, BLOCK)
+    lengths.append(np.tile(np.minimum(n - column, BLOCK), rows))
+    first = (np.arange(rows)[:, None] * n + column).reshape(-1).astype(np.uint32)
+    window = windows[i] if windows else None
+    if index is not None:
+      window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
+      window = Window((index, *window.start[1:]), window.shape)
+      shape = (1, *shape)
+    firsts.append(first if window is None else whole_place(jnp.asarray(first), shape, window))
+  zeros = [np.zeros(spare, np.uint32)]
+  is_constant = all(isinstance(x, np.ndarray) for x in firsts)
+  first = (np if is_constant else jnp).concatenate([*firsts, *zeros])
+  length = np.concatenate([*lengths, *zeros]).astype(np.int32)
+  is_ragged = (length[: len(length) - spare] < BLOCK).any()
+  streams = [leaf.stream for leaf in leaves]
+  own = [x.stream if x.statistics_stream is None else x.statistics_stream for x in leaves]
+  return Draws(words(streams), words(own), jnp.asarray(first)[:, None].astype(_U32),
+    jnp.asarray(length) if is_ragged else None)
