@@ -1,10 +1,11 @@
 """The in-place path of adamw, adam, lion and sgd: a leaf's step in one operation.
 
 `delta_bits(quantize_state(optax.X))` makes the state, and does what this path
-does not: `tx.update`, and statistics that Optax stores in its own way
-(`mu_dtype`).
+does not: statistics that Optax stores in its own way (`mu_dtype`), and
+`tx.update` where all of them are float32, with Optax's own bits.
 """
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -12,7 +13,7 @@ from optax_lowmem import _session, _tree, _variables
 from optax_lowmem._delta_bits import Weights, delta_bits
 from optax_lowmem._leaf_steps import Gradient, LeafSteps, Optimizer
 from optax_lowmem._quantize_state import quantize
-from pallas_kernels import launch
+from pallas_kernels import arithmetic, launch
 
 
 def fused(
@@ -36,7 +37,7 @@ def fused(
 
   def update_fn(updates, state, params=None, **extra_args):
     session = _session.current(_session.StepSession)
-    if session is None or not LeafSteps.can_step(state, params):
+    if not LeafSteps.can_step(state, params):
       if session is not None and implementation == "mosaic_gpu":
         raise ValueError(
           'implementation="mosaic_gpu" takes statistics in formats of ours; give mu= or'
@@ -45,29 +46,40 @@ def fused(
       return composed.update(updates, state, params, **extra_args)
     _tree.check_gradients(updates, params)
     steps = LeafSteps(optimizer, state, params, updates)
+    if session is None and not steps.has_narrow_statistics:  # Optax's own bits
+      return composed.update(updates, state, params, **extra_args)
     rest_updates, rest = steps.step_rest(updates)
     gradients = _tree.named_leaves(updates)
+    scaled = {} if session is None else session.scaled
     total = sum(jnp.size(gradients[name]) for name in steps.held.by_name)
 
     def source(name) -> Gradient:
       """The gradient to read, and what it is to be multiplied by there."""
       g = gradients[name]
-      _, scaled, factor = session.scaled.get(id(g), (g, g, None))
-      g, factor = (scaled, factor) if jnp.result_type(scaled).itemsize <= 4 else (g, None)
+      _, before, factor = scaled.get(id(g), (g, g, None))
+      g, factor = (before, factor) if jnp.result_type(before).itemsize <= 4 else (g, None)
       # What a member in front computes (clipping) XLA fuses into its own passes; for a kernel it
       # writes a copy of the leaf's gradient, which must be a small part of all gradients.
-      is_copied = id(g) not in session.given and jnp.size(g) * 16 > total
+      is_copied = session is not None and id(g) not in session.given and jnp.size(g) * 16 > total
       how = "xla" if implementation is None and is_copied else implementation
       return Gradient(jnp.asarray(g), factor, how)
 
     sources = {name: source(name) for name in steps.held.by_name}
-    stored = steps.step(steps.stored, sources, session.taken)
-    if session.taken is not None:
-      session.settled(list(stored.values()))
-    landed = {name: _session.Landed(x.low, session) for name, x in stored.items()}
+    if session is None:
+      stored = steps.step(steps.stored, sources, lands=True)
+      new = {name: _landing(steps.stored[name].low, x.low) for name, x in stored.items()}
+    else:
+      stored = steps.step(steps.stored, sources, session.taken)
+      if session.taken is not None:
+        session.settled(list(stored.values()))
+      new = {name: _session.Landed(x.low, session) for name, x in stored.items()}
     updates_by_name = _tree.named_leaves(rest_updates)
-    new_updates = _tree.map_named((updates_by_name | landed).get, updates)
+    new_updates = _tree.map_named((updates_by_name | new).get, updates)
     return new_updates, steps.state(stored, rest)
 
   update_fn.optimizer = optimizer  # type: ignore[attr-defined] # what gradient release asks for
   return _variables.transformation(composed.init, update_fn)
+
+
+# Under jit, so that leaves of one shape are traced once.
+_landing = jax.jit(arithmetic.landing_update)

@@ -100,9 +100,9 @@ class Optimizer:
     self.implementation = implementation
     self.fold = fold
     # Under jit, so that groups of one kind are traced once.
-    self.step_group = jax.jit(self._step_group, static_argnums=0)
+    self.step_group = jax.jit(self._step_group, static_argnums=0, static_argnames="lands")
 
-  def _step_group(self, kind: "_Kind", leaves, scalars, taken, factor, index):
+  def _step_group(self, kind: "_Kind", leaves, scalars, taken, factor, index, lands=False):
     inner, paths = self.make(kind.decays), [path for path, _ in kind.statistics]
 
     def scaled(g):
@@ -127,8 +127,9 @@ class Optimizer:
 
     formats = [fmt for _, fmt in kind.statistics]
     return fused_update_leaves(
-      fold if kind.folds else rule, leaves, kind.weight, formats, taken, kind.implementation, index
-    )
+      fold if kind.folds else rule, leaves, kind.weight, formats, taken, kind.implementation, index,
+      lands,
+    )  # fmt: skip
 
 
 class LeafSteps:
@@ -191,6 +192,11 @@ class LeafSteps:
     delta, quantized, inner_state = _parts(state)
     return _places(quantized, inner_state, params, delta.formats) is not None
 
+  @property
+  def has_narrow_statistics(self) -> bool:
+    """Whether a statistic of a weight with a format is stored in less than float32."""
+    return any(place.format.name != "fp32" for of in self._of.values() for place in of)
+
   def step(
     self,
     stored: Mapping[str, Stored],
@@ -198,6 +204,7 @@ class LeafSteps:
     taken: jax.Array | None = None,
     index: jax.Array | None = None,
     micro_batch: jax.Array | None = None,
+    lands: bool = False,
   ) -> dict[str, Stored]:
     """Steps the leaves that have a gradient.
 
@@ -208,6 +215,8 @@ class LeafSteps:
       index: which layer of the stacked leaves has the gradients; or None.
       micro_batch: fold a micro-batch's gradient into the statistics alone;
         its number, from 1.
+      lands: make new weights that `optax.apply_updates` reaches, with updates
+        of `pallas_kernels.arithmetic.landing_update`.
 
     Returns:
       stored, with these leaves as they are now.
@@ -229,7 +238,9 @@ class LeafSteps:
         for name, x in ((name, stored[name]) for name in group)
       ]
       factor = gradients[group[0]].factor
-      results = self._optimizer.step_group(kind, leaves, self._scalars, taken, factor, index)
+      results = self._optimizer.step_group(
+        kind, leaves, self._scalars, taken, factor, index, lands=lands
+      )
       for name, (low, residual, statistics) in zip(group, results, strict=True):
         new[name] = Stored(low, residual, tuple(statistics))
     return new

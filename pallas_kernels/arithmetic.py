@@ -259,6 +259,29 @@ def apply_values(low, delta, update, fmt: DeltaFormat, bits):
   return new_low, new_delta
 
 
+def landing_update(old_low, low):
+  """The float32 update of `land_values`, which the weights alone decide on."""
+  return _landing(old_low, low, jnp.float32)[0]
+
+
+def _landing(old_low, low, update_dtype):
+  """An update in float32; where it is to change nothing; where both weights are finite."""
+  old, new = widen(old_low), widen(low)
+  top = jnp.float32(jnp.finfo(update_dtype).max)
+  # By bits, which a kernel can look at.
+  old_is_finite, new_is_finite = (
+    (bits_of(x) & _U32(0x7FFFFFFF)) < _U32(F32_INF) for x in (old, new)
+  )
+  old_is_inf = (bits_of(old) & _U32(0x7FFFFFFF)) == _U32(F32_INF)
+  difference = new - old
+  finite = old_is_finite & new_is_finite
+  clipped = jnp.minimum(jnp.maximum(difference, -top), top)
+  update = jnp.where(finite, clipped, difference)
+  # x + (-0.0) is x for every x. From infinity no finite weight can be reached.
+  stays = (low_bits_of(old_low) == low_bits_of(low)) | (old_is_inf & new_is_finite)
+  return jnp.where(stays, jnp.float32(-0.0), update), stays, finite
+
+
 def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
   """The update that `optax.apply_updates` can add to `old_low`, and where it lands.
 
@@ -279,14 +302,8 @@ def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
     (update, delta), such that the residual belongs to the weight that is reached.
   """
   k = fmt.extra_bits
-  old, new = widen(old_low), widen(low)
-  top = jnp.float32(jnp.finfo(update_dtype).max)
-  difference = new - old
-  finite = jnp.isfinite(old) & jnp.isfinite(new)
-  update = jnp.where(finite, jnp.clip(difference, -top, top), difference)
-  # x + (-0.0) is x for every x. From infinity no finite weight can be reached.
-  stays = (low_bits_of(old_low) == low_bits_of(low)) | (jnp.isinf(old) & jnp.isfinite(new))
-  update = jnp.where(stays, jnp.float32(-0.0), update)
+  old = widen(old_low)
+  update, stays, finite = _landing(old_low, low, update_dtype)
   if jnp.dtype(update_dtype) != jnp.float32:
     # Where the difference of the weights is too fine for this dtype, aim at the master value.
     rounded = round_to(update, update_dtype, "nearest")
@@ -310,3 +327,11 @@ def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
   in_cell = jnp.where(_is_special(landed_code, fmt), _I32(0), in_cell)
   lands = (landed == low_bits_of(low)) | (is_zero & ((low_bits_of(low) & _U32(0x7FFF)) == _U32(0)))
   return update, jnp.where(lands, delta, in_cell)
+
+
+def move_values(low, delta, update, fmt: DeltaFormat, bits, lands: bool):
+  """`apply_values`; with lands, the residual of the weight that `landing_update` reaches."""
+  new_low, new_delta = apply_values(low, delta, update, fmt, bits)
+  if lands:
+    _, new_delta = land_values(low, new_low, new_delta, fmt, jnp.float32)
+  return new_low, new_delta

@@ -84,14 +84,17 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
 
   state = low, delta, statistics
   flat, gradient = jax.tree.map(by_row, state), gradient.reshape(rows, n)
-  # An update to land is a further result, in its own dtype.
-  updates = None if lands is None else jnp.zeros((rows, n), lands)
+  # New weights that are to land take the gradients' place; the old ones stay.
+  landed = None
+  if lands:
+    landed = gradient if gradient.dtype == low.dtype else jnp.zeros((rows, n), low.dtype)
   first = 0 if index is None else jnp.asarray(index).astype(jnp.int32) * rows
   column = jax.lax.broadcasted_iota(jnp.int32, (in_row, BLOCK), 0) * BLOCK
   column += jax.lax.broadcasted_iota(jnp.int32, (in_row, BLOCK), 1)
 
   def at(start, count: int, carry):
-    flat, updates = carry
+    flat, landed = carry
+    values = gradient if landed is None or landed.dtype != gradient.dtype else landed
     cut = lambda x, start=first + start: jax.lax.dynamic_slice_in_dim(x, start, count)
     # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
     places = jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 0)
@@ -116,7 +119,7 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
     if own is not None:
       own_bits = lambda lane: element_bits((own[0], own[1]), places, lane=lane)
     new = _chunk(
-      rule, formats, lands, fill(cut(gradient, start)), fill(cut_low), cut_delta, cut_statistics,
+      rule, formats, lands, fill(cut(values, start)), fill(cut_low), cut_delta, cut_statistics,
       bits, own_bits, valid, when,
     )  # fmt: skip
 
@@ -125,26 +128,24 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
         y = joined.cut_off(y, (count, n))
       return jax.lax.dynamic_update_slice_in_dim(x, y.reshape(count, -1), first + start, 0)
 
-    if lands is not None:
-      y = joined.cut_off(new[0], (count, n))
-      updates = jax.lax.dynamic_update_slice_in_dim(updates, y, start, 0)
-      new, flat_low = (None, *new[1:]), flat[0]
-      new = jax.tree.map(put, (None, *flat[1:]), new)
-      return (flat_low, *new[1:]), updates
-    return jax.tree.map(put, flat, new), updates
+    if not lands:
+      return jax.tree.map(put, flat, new), None
+    y = joined.cut_off(new[0], (count, n))
+    landed = jax.lax.dynamic_update_slice_in_dim(landed, y, start, 0)
+    return (flat[0], *jax.tree.map(put, flat[1:], new[1:])), landed
 
   size, *rest = chunk_rows(rows, in_row)
   whole = rows // size
-  carry = flat, updates
+  carry = flat, landed
   if whole > 1:
     carry = jax.lax.fori_loop(0, whole, lambda i, carry: at(i * size, size, carry), carry)
   else:
     carry = at(0, size, carry)
   if rest:
     carry = at(whole * size, rest[0], carry)
-  flat, updates = carry
+  flat, landed = carry
   low, delta, statistics = jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
-  return low if updates is None else updates.reshape(shape), delta, statistics
+  return low if landed is None else landed.reshape(shape), delta, statistics
 
 
 def _chunk(
@@ -175,14 +176,9 @@ def _chunk(
   if update is not None:
     if fmt.is_full_precision:
       new = low + update, None, new_statistics
-      if lands is not None:
-        new = (update, *new[1:])
     else:
-      new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
-      if lands is not None:
-        landing, new_wide = arithmetic.land_values(low, new_low, new_wide, fmt, lands)
-        new = landing, packing.pack(new_wide, fmt), new_statistics
-      elif delta is None or delta.dtype == jnp.uint8:
+      new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, word, lands)
+      if delta is None or delta.dtype == jnp.uint8:
         new = new_low, packing.pack(new_wide, fmt), new_statistics
       else:
         new = (*_in_one_loop(new_low, new_wide, delta.dtype), new_statistics)

@@ -139,19 +139,17 @@ def _xla(
   ]
   new = low, delta, new_statistics
   if update is not None:
-    new = (*_moved(fmt, lands, low, delta, wide, update, bits), new_statistics)
+    new = (*_moved(fmt, lands, low, wide, update, bits(0)), new_statistics)
   if when is None:
     return new
   return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
 
 
-def _moved(fmt, lands, low, delta, wide, update, bits):
-  """The new weight, or the update that lands on it; and the residual."""
+def _moved(fmt, lands, low, wide, update, bits):
+  """The new weight and its packed residual."""
   if fmt.is_full_precision:
-    return (low + update if lands is None else update), None
-  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, bits(0))
-  if lands is not None:
-    new_low, new_wide = arithmetic.land_values(low, new_low, new_wide, fmt, lands)
+    return low + update, None
+  new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, bits, lands)
   return new_low, packing.pack(new_wide, fmt)
 
 
@@ -207,7 +205,7 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
     ]
     block_leaves = list(map(functools.partial(_operands, lands), group, of))
     launch_blocks.blockwise(tile, block_leaves, scalars, when, index, parts)
-    return list(map(functools.partial(_frozen, lands), group, block_leaves))
+    return list(map(_frozen, group, block_leaves))
 
   def run(those: Sequence[int]):
     of = [_in_blocks(windows[i]) for i in those]
@@ -233,7 +231,7 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
   def joined_kernel(leaf: Leaf, draws):
     bl = _operands(lands, leaf, None, draws)
     launch_blocks.blockwise(tile, [bl], scalars, when)
-    return _frozen(lands, leaf, bl)
+    return _frozen(leaf, bl)
 
   for pool in joined.pools(
     [joined.blocks_in(leaves[i].gradient.shape) for i in rest], MOST_JOINED
@@ -245,11 +243,13 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
   return [results[i] for i in range(len(leaves))]
 
 
-def _tile(rules, formats, lands, bits, valid, scalars, reads_T, values_T, scales_K):
+def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, scales_K):
   """The step of a tile of blocks in registers."""
   fmt, statistic_formats = formats
-  gradient_T, *low_T = reads_T
-  (low_T, *rest_T), scales_K = [*low_T, *values_T], iter(scales_K)
+  # Weights that are to land stay; the new ones take the gradients' place.
+  (low_T, *rest_T), scales_K = values_T, iter(scales_K)
+  if lands:
+    gradient_T, low_T = low_T, gradient_T
   stored_T = rest_T[0] if fmt.residual_bits else None
   delta_T = rest_T.pop(0).astype(jnp.int32) if fmt.residual_bits else None
   master_T = arithmetic.merge_values(low_T, delta_T, fmt)
@@ -260,13 +260,9 @@ def _tile(rules, formats, lands, bits, valid, scalars, reads_T, values_T, scales
   update_T, new_T = _bound(rules, scalars, True)(
     arithmetic.as_float32(gradient_T), master_T, old_T
   )
-  new_low_T = low_T
   if update_T is not None:
-    new_low_T, delta_T = arithmetic.apply_values(low_T, delta_T, update_T, fmt, bits(0))
-  if lands is not None:
-    update_T, delta_T = arithmetic.land_values(low_T, new_low_T, delta_T, fmt, lands)
-  values_T = [new_low_T] if lands is None else []
-  values_T += [] if delta_T is None else [delta_T.astype(stored_T.dtype)]
+    low_T, delta_T = arithmetic.move_values(low_T, delta_T, update_T, fmt, bits(0), lands)
+  values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(stored_T.dtype)]
   new_scales_K = []
   for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
     if valid is not None:
@@ -274,17 +270,15 @@ def _tile(rules, formats, lands, bits, valid, scalars, reads_T, values_T, scales
     codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i))
     values_T.append(codes_T)
     new_scales_K += [scale_K] if f.has_scale else []
-  return values_T + ([] if lands is None else [update_T]), new_scales_K
+  return values_T, new_scales_K
 
 
 def _operands(lands, leaf: Leaf, window: Window | None, draws=None) -> launch_blocks.BlockLeaf:
   blocks = lambda x: x.reshape(-1, BLOCK)
-  values = [x for x in (leaf.low, leaf.delta) if x is not None]
-  reads = [blocks(leaf.gradient)]
-  outputs = []
-  if lands is not None:  # the weight is only read
-    reads.append(blocks(values.pop(0)))
-    outputs = [jax.new_ref(jax.lax.empty(reads[0].shape, lands))]
+  gradient, low = leaf.gradient, leaf.low
+  if lands:
+    gradient, low = low, gradient
+  values = [low] if leaf.delta is None else [low, leaf.delta]
   values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
   scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
   refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
@@ -295,17 +289,17 @@ def _operands(lands, leaf: Leaf, window: Window | None, draws=None) -> launch_bl
     rows = tuple(x.reshape(-1) for x in (*draws.words, draws.first))
     if draws.length is not None:
       rows = (*rows, draws.length)
-  return launch_blocks.BlockLeaf(leaf.stream, reads, refs, scale_refs, outputs, start, rows)
+  return launch_blocks.BlockLeaf(leaf.stream, blocks(gradient), refs, scale_refs, start, rows)
 
 
-def _frozen(lands, leaf: Leaf, written: launch_blocks.BlockLeaf):
+def _frozen(leaf: Leaf, written: launch_blocks.BlockLeaf):
   """What the kernel wrote, in the shapes of the leaf."""
   values, scales = iter(written.refs), iter(written.scale_refs)
 
   def take(refs, x):
     return jax.freeze(next(refs)).reshape(x.shape)
 
-  low = take(values if lands is None else iter(written.outputs), leaf.low)
+  low = take(values, leaf.low)
   delta = None if leaf.delta is None else take(values, leaf.delta)
   statistics = [
     Blocks(take(values, x.codes), take(scales, x.scale))

@@ -91,7 +91,7 @@ def fused_update(
 def fused_update_leaves(
   rule: Rule, leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, when,
   implementation: launch.Implementation | None, index: jax.Array | None = None,
-  lands: Any = None,
+  lands: bool = False,
 ) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
   """`fused_update` of leaves with the same rule and formats; small ones share programs.
 
@@ -99,8 +99,8 @@ def fused_update_leaves(
   one at that place is stepped: in place, with the random bits of the stack's
   elements. An array of a stack is no scalar.
 
-  With lands, a dtype, the update that `optax.apply_updates` lands takes the
-  place of the new weight (`arithmetic.land_values`), in that dtype.
+  With lands, the new weight is one that `optax.apply_updates` reaches from the old
+  one, by `arithmetic.landing_update`, and the residual belongs to it.
 
   A rule that returns None for the update leaves the weight as it is.
   """
@@ -125,6 +125,8 @@ def fused_update_leaves(
   is_flat = all(rest.takes_any_shape for rest in rules.values())
   takes_kernel = not reason and not is_plain and is_flat
   takes_kernel &= all(map(fused_programs.takes_kernel, leaves, shapes, stacks))
+  # New weights that are to land are written where the gradients were.
+  takes_kernel &= not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
   takes_kernel &= mesh is None or (shards is not None and shards.fit_words)
   kernel = functools.partial(fused_programs.as_kernel, rules, formats, lands)
   if implementation == "mosaic_gpu" and takes_kernel:

@@ -53,11 +53,10 @@ class BlockLeaf(NamedTuple):
 
   Attributes:
     key: uint32 [2], the stream's words; of joined arrays, None.
-    reads: what is only read, [blocks, 32].
+    read: what is only read, [blocks, 32].
     refs: what is replaced, likewise, of at most 16 bits a value; or a stack of
       such arrays, [count * blocks, 32].
     scale_refs: what is replaced, bfloat16 [blocks] or [count * blocks].
-    outputs: what is only written, [blocks, 32].
     start: where the array, or the stack, is a part of a whole: its first place
       along each axis, int32 [axes], in blocks along the last; else None.
     draws: of joined arrays: uint32 [blocks] each, the two words of a block's
@@ -66,10 +65,9 @@ class BlockLeaf(NamedTuple):
   """
 
   key: jax.Array | None
-  reads: list[jax.Array]
+  read: jax.Array
   refs: list[jax.Ref]
   scale_refs: list[jax.Ref]
-  outputs: list[jax.Ref]
   start: jax.Array | None = None
   draws: tuple[jax.Array, ...] = ()
 
@@ -85,10 +83,10 @@ def blockwise(
   """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
   Args:
-    tile: `(bits, valid, scalars, reads, values, scales) -> (values, scales)`,
-      on arrays [rows, 32] for some blocks, and [rows] for their scales; the
-      outputs stand behind the new values. bits(lane) are the stream's
-      (`element_bits`), valid says which elements are there, None if all are.
+    tile: `(bits, valid, scalars, read, values, scales) -> (values, scales)`,
+      on arrays [rows, 32] for some blocks, and [rows] for their scales;
+      bits(lane) are the stream's (`element_bits`), valid says which elements
+      are there, None if all are.
     leaves: the arrays.
     scalars: what tile's scalars are (float32, or exact in it: bools, integers).
     when: a bool: where it is False nothing is written; or None.
@@ -100,7 +98,7 @@ def blockwise(
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
-  groups = _groups([leaf.reads[0].shape[0] for leaf in leaves])
+  groups = _groups([leaf.read.shape[0] for leaf in leaves])
   table = np.concatenate([group.table for group in groups])
   tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
   operands, treedef = jax.tree.flatten((numbers, flags, indices, tables, list(leaves)))
@@ -207,7 +205,7 @@ def _run_tile(
 
   def first(leaf: BlockLeaf):
     """The tile's first block, in the array and in the stack."""
-    return start, start if index is None else index * leaf.reads[0].shape[0] + start
+    return start, start if index is None else index * leaf.read.shape[0] + start
 
   def load(leaf: BlockLeaf, in_whole):
     in_array, in_stack = first(leaf)
@@ -222,19 +220,14 @@ def _run_tile(
       place = [leaf.key[0], leaf.key[1], in_whole(in_stack.astype(jnp.uint32), row)]
     return (
       place,
-      [array(x, in_array) for x in leaf.reads],
+      array(leaf.read, in_array),
       [array(ref) for ref in leaf.refs],
       [by_row(ref) for ref in leaf.scale_refs],
     )
 
   def store(leaf: BlockLeaf, in_whole, values, scales):
     del in_whole
-    in_array, in_stack = first(leaf)
-    blocks = pl.ds(in_stack, rows)
-    values = list(values)
-    for ref in leaf.outputs[::-1]:  # float32: two stores of 16 bytes a thread
-      here = ref.at[pl.ds(in_array, rows)]
-      plgpu.store(here, values.pop(), optimized=False)
+    blocks = pl.ds(first(leaf)[1], rows)
     for ref, value in zip(leaf.refs, values, strict=True):
       if rows == _ROWS[0]:
         ref[blocks] = value
@@ -255,7 +248,7 @@ def _run_tile(
     branches = [functools.partial(f, *of) for of in zip(leaves, wholes, strict=True)]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  (*words, blocks), reads, values, scales = choose(load)
+  (*words, blocks), read, values, scales = choose(load)
   valid = None
   if leaves[0].key is None:
     across = lambda x: jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,))
@@ -269,4 +262,4 @@ def _run_tile(
     blocks = blocks if blocks.shape else row + blocks
     place = blocks * jnp.uint32(BLOCK) + column
   bits = lambda lane: element_bits(words, place, lane=lane)
-  choose(store, *tile(bits, valid, scalars, reads, values, scales))
+  choose(store, *tile(bits, valid, scalars, read, values, scales))
