@@ -84,8 +84,9 @@ def _chunk(rule, formats, gradient, low, delta, statistics, place, stream, when)
     if not f.has_scale:
       new_statistics.append(state_formats.quantize(x, f, draw))
       continue
-    x = _keep(jnp.sqrt(x) if f.is_square else x)
-    # As floats: XLA:CPU has a vectorized maximum of those.
+    x = jnp.sqrt(x) if f.is_square else x
+    # As floats: XLA:CPU has a vectorized maximum of those, which drops a NaN but no infinity.
+    x = _keep(jnp.where(x == x, x, jnp.inf))
     largest = _keep(jnp.max(jnp.abs(x), axis=-1))
     scale_code = state_formats.scale_code(state_formats.magnitude_bits(largest), f)
     scale = _keep(arithmetic.low_of(scale_code, jnp.bfloat16))
