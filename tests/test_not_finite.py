@@ -4,7 +4,6 @@ import functools
 
 from conftest import float32_classes
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import optax
