@@ -139,6 +139,17 @@ def rounded(x):
   return jax.lax.select(x == x, x, jnp.full_like(x, jnp.nan))
 
 
+def keep_apart(x, zero):
+  """`rounded` for one instruction; zero is a float32 0 that the compiler does not know."""
+  return float_of(bits_of(x) ^ bits_of(jnp.full_like(x, zero)))
+
+
+def sign_of(x):
+  """`jnp.sign` of a float, in a Mosaic GPU kernel, too, whose own of NaN is 1 or -1."""
+  one = float_of((bits_of(x) & _U32(0x80000000)) | _U32(0x3F800000))
+  return jnp.where(jnp.abs(x) > 0, one, x)  # zeros and NaN as they are
+
+
 def split_values(x, fmt: DeltaFormat, bits):
   """float32 -> (low, delta): see `pallas_kernels.split`.
 

@@ -168,8 +168,12 @@ def _chunk(
     if not f.has_scale:
       new_statistics.append(state_formats.quantize(x, f, draw))
       continue
-    x = _keep(jnp.sqrt(x) if f.is_square else x)
-    scale = _keep(arithmetic.low_of(state_formats.scale_code(_largest(x), f), jnp.bfloat16))
+    x = jnp.sqrt(x) if f.is_square else x
+    # As floats: XLA:CPU has a vectorized maximum of those, which drops a NaN but no infinity.
+    x = _keep(jnp.where(x == x, x, jnp.inf))
+    largest = _keep(jnp.max(jnp.abs(x), axis=-1))
+    scale_code = state_formats.scale_code(state_formats.magnitude_bits(largest), f)
+    scale = _keep(arithmetic.low_of(scale_code, jnp.bfloat16))
     codes = state_formats.encode(x, scale, f, draw)
     new_statistics.append(Blocks(codes, scale[:, None]))
   new = low, delta, new_statistics
@@ -193,10 +197,3 @@ def _in_one_loop(low, wide, dtype):
   word = _keep(word)
   delta = jax.lax.bitcast_convert_type((word & _U32(0xFFFF)).astype(jnp.uint16), jnp.int16)
   return arithmetic.low_of(word >> _U32(16), low.dtype), delta.astype(dtype)
-
-
-def _largest(x):
-  """The bit pattern of a block's largest magnitude, uint32 [blocks]; NaN if one is NaN."""
-  # As signed integers: XLA:CPU has a vectorized maximum of those, and none that keeps a NaN.
-  bits = state_formats.magnitude_bits(x).astype(jnp.int32)
-  return jnp.max(bits, axis=-1, initial=0).astype(_U32)

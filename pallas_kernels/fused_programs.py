@@ -153,19 +153,19 @@ def _moved(fmt, lands, low, wide, update, bits):
   return new_low, packing.pack(new_wide, fmt)
 
 
-def _bound(rules, scalars, contracts: bool = False) -> Rule:
-  """The rule again, on arrays of some shapes.
+def _bound(rules, scalars, contracts: bool = False, products=None) -> Rule:
+  """The rule again, on arrays of some shapes; contracts and products are those of `hoist`'s rest.
 
   Its bits, and those of the weight that the update is added to, are the same in
-  whatever program, unless it contracts.
+  whatever program, or in whatever kernel, unless it contracts.
   """
 
   def rule(gradient, *others):
     shape = gradient.shape
     args = jax.tree.map(lambda x: x.reshape(shape or (1,)), (gradient, *others))
     rest = rules.get(shape or (1,)) or next(iter(rules.values()))
-    update, values = rest(scalars, *args, contracts=contracts)
-    if update is not None and not contracts:
+    update, values = rest(scalars, *args, contracts=contracts, products=products)
+    if update is not None and not contracts and products is None:
       update = arithmetic.rounded(update)
     return jax.tree.map(lambda x: x.reshape(shape), (update, values))
 
@@ -257,7 +257,9 @@ def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, sca
     state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
     for x_T, f in zip(rest_T, statistic_formats, strict=True)
   ]
-  update_T, new_T = _bound(rules, scalars, True)(
+  # What is read by its bits is no product.
+  products = False, False, *(f.has_scale for f in statistic_formats)
+  update_T, new_T = _bound(rules, scalars, products=products)(
     arithmetic.as_float32(gradient_T), master_T, old_T
   )
   if update_T is not None:

@@ -1,16 +1,18 @@
 """hoist: an elementwise function, split into scalars that are computed once and the rest.
 
 The rest can be evaluated so that its bits do not depend on the program that it
-is compiled in: no multiplication is contracted with an addition.
+is compiled in: no multiplication is contracted with an addition; or, in a GPU
+kernel, whose compiler always contracts, of two products the second alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any, TypeGuard
 
 import jax
 from jax.extend.core import Literal, Var
 
-from pallas_kernels.arithmetic import rounded
+from pallas_kernels.arithmetic import keep_apart, rounded, sign_of
 
 # What no compiler contracts with an addition; everything else may be, or hand on, a product.
 _NO_PRODUCTS = {
@@ -18,6 +20,8 @@ _NO_PRODUCTS = {
   "exp", "log", "pow", "tanh", "logistic", "floor", "ceil", "round",
 }  # fmt: skip
 
+
+_SUMS = (jax.lax.add_p, jax.lax.sub_p)
 
 # Of one array's shape, and yet not elementwise.
 _NOT_ELEMENTWISE = (
@@ -37,11 +41,12 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     structs: its arguments, a tuple of trees of `jax.ShapeDtypeStruct`.
 
   Returns:
-    The scalars, and a function `rest(scalars, *args, contracts=False)` that
-    closes over no tracer. A division by one of them is a multiplication by its
-    reciprocal (an error of 1 ulp, for divisors up to 2**126). With contracts,
-    multiplications and additions may be contracted. It takes arrays of another
-    common shape, too, where `rest.takes_any_shape`.
+    The scalars, and a function `rest(scalars, *args, contracts=False,
+    products=None)` that closes over no tracer. A division by one of them is a
+    multiplication by its reciprocal (an error of 1 ulp, for divisors up to
+    2**126). With contracts, multiplications and additions may be contracted.
+    A Mosaic GPU kernel gives products: which of the arrays may be products.
+    It takes arrays of another common shape, too, where `rest.takes_any_shape`.
 
   Raises:
     ValueError: if f is not elementwise, or closes over an array.
@@ -87,14 +92,23 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
       passed(used, var, known[var])
   _check_elementwise(kept, {x.shape for x in flat})
   scalars = [rounded(x) if _is_float(x) else x for x in scalars]
-  may_be_products = {*jaxpr.invars} | {
+  scalars.append(jax.numpy.zeros((), jax.numpy.float32))  # of `keep_apart`
+  computed_products = {
     var
     for eqn in kept
     for var in eqn.outvars
     if eqn.primitive.name not in _NO_PRODUCTS or _is_in(eqn.invars[-1], inverted)
   }
 
-  def rest(values, *args, contracts=False):
+  def rest(values, *args, contracts=False, products: Sequence[bool] | None = None):
+    evaluate_one = evaluate
+    if products is not None:
+      given = {var for var, is_one in zip(jaxpr.invars, products, strict=True) if is_one}
+      evaluate_one = functools.partial(
+        _evaluate_in_kernel, products=computed_products | given, zero=values[-1]
+      )
+    elif not contracts:
+      evaluate_one = functools.partial(evaluate, products={*jaxpr.invars} | computed_products)
     arrays = jax.tree.leaves(args)
     env = {var: values[i] for var, i in used.items()}
     env |= dict(zip(jaxpr.invars, arrays, strict=True))
@@ -106,7 +120,7 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
       if eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
         env[eqn.outvars[0]] = read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
       else:
-        evaluate(eqn, env, frozenset() if contracts else may_be_products)
+        evaluate_one(eqn, env)
     return jax.tree.unflatten(jax.tree.structure(out), [read(env, x) for x in jaxpr.outvars])
 
   is_flat = not any(map(_calls, kept))
@@ -160,11 +174,29 @@ def read(env, var):
 
 def evaluate(eqn, env, products=frozenset()):
   """Adds an equation's results to env; of a sum, rounds the terms that are in products."""
-  params = eqn.primitive.get_bind_params(eqn.params)
   operands = [read(env, x) for x in eqn.invars]
-  if eqn.primitive in (jax.lax.add_p, jax.lax.sub_p) and _is_float(operands[0]):
+  if eqn.primitive in _SUMS and _is_float(operands[0]):
     pairs = zip(eqn.invars, operands, strict=True)
     operands = [rounded(x) if _is_in(var, products) else x for var, x in pairs]
+  _bind(eqn, env, operands)
+
+
+def _evaluate_in_kernel(eqn, env, products, zero):
+  """`evaluate` for Mosaic GPU."""
+  operands = [read(env, x) for x in eqn.invars]
+  is_float = _is_float(operands[0]) if operands else False
+  if is_float and eqn.primitive in _SUMS and all(_is_in(x, products) for x in eqn.invars):
+    # LLVM contracts one of two products, in one kernel this, in another that one. The first is
+    # Optax's share of the gradient: the smaller error.
+    operands[0] = keep_apart(operands[0], zero)
+  if is_float and eqn.primitive is jax.lax.sign_p:
+    env[eqn.outvars[0]] = sign_of(operands[0])
+  else:
+    _bind(eqn, env, operands)
+
+
+def _bind(eqn, env, operands):
+  params = eqn.primitive.get_bind_params(eqn.params)
   results = eqn.primitive.bind(*operands, **params)
   results = results if eqn.primitive.multiple_results else [results]
   env |= dict(zip(eqn.outvars, results, strict=True))
