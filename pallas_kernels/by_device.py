@@ -26,7 +26,9 @@ _by_device_p.multiple_results = True
 dispatch.prim_requires_devices_during_lowering.add(_by_device_p)
 
 
-def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) -> Any:
+def by_device(
+  programs: Mapping[str, Callable], *args, on_each: bool = False, like: Any = None
+) -> Any:
   """Calls one of several programs with equal results.
 
   Args:
@@ -37,21 +39,33 @@ def by_device(programs: Mapping[str, Callable], *args, on_each: bool = False) ->
     *args: pytrees of arrays, the arguments of each program.
     on_each: whether the programs run the same on each of several devices
       (`jax.shard_map`): the device is then any of them.
+    like: arrays of the results' types, where they are known; otherwise a trace
+      of the program for "any" tells them.
 
   Returns:
     What the program returns, a pytree of arrays.
   """
   flat, treedef = jax.tree.flatten(args)
   # Types, with whatever they carry besides shape and dtype (shardings, varying mesh axes).
-  jaxpr, struct = jax.make_jaxpr(programs["any"], return_shape=True)(*args)
+  if like is not None and all(map(_is_plain, map(jax.typeof, flat))):
+    struct, types = like, [jax.typeof(x) for x in jax.tree.leaves(like)]
+  else:
+    jaxpr, struct = jax.make_jaxpr(programs["any"], return_shape=True)(*args)
+    types = jaxpr.out_avals
   outputs = _by_device_p.bind(
     *flat,
     programs=tuple(programs.items()),
     treedef=treedef,
-    result=tuple(jaxpr.out_avals),
+    result=tuple(types),
     on_each=on_each,
   )
   return jax.tree.unflatten(jax.tree.structure(struct), outputs)
+
+
+def _is_plain(aval) -> bool:
+  """Whether a type says no more than shape and dtype."""
+  mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+  return not getattr(aval, "vma", None) and (mesh is None or mesh.empty)
 
 
 def _flat_program(kind: str, programs, treedef):

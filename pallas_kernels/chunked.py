@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arithmetic, joined, packing, state_formats
-from pallas_kernels.random_bits import element_bits, statistic_bits, whole_place
+from pallas_kernels.random_bits import element_bits, lane_bits, statistic_bits, whole_place
 from pallas_kernels.state_formats import BLOCK, Blocks
 
 _U32 = jnp.uint32
@@ -53,7 +53,9 @@ def step(rule, formats, lands, leaves: Sequence, when, index=None, windows=None)
 
 
 def _step_joined(rule, formats, lands, when, leaf, draws):
-  return _chunk(rule, formats, lands, *leaf[:4], draws.bits, draws.own_bits, draws.valid, when)
+  bits = draws.bits
+  own_bits = bits if draws.own_words is None else draws.own_bits
+  return _chunk(rule, formats, lands, *leaf[:4], bits, own_bits, draws.valid, when)
 
 
 def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
@@ -154,17 +156,18 @@ def _chunk(
   """The step of [blocks, 32] values; scales are [blocks, 1]."""
   fmt, statistic_formats = formats
   shape = gradient.shape
-  word = _keep(bits(0)) if fmt.needs_key else None
+  word, own_word = _keep(bits(0)), None if own_bits is bits else _keep(own_bits(0))
+  own_word = word if own_word is None else own_word
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
   old = [state_formats.dequantize(x, f) for x, f in zip(statistics, statistic_formats, strict=True)]
-  update, values = rule(gradient, master, old)
+  update, values = rule(gradient, master, old, keep=_keep)
   if valid is not None:  # what fills a row up counts in no block's largest value
     values = [jnp.where(valid, x, 0) for x in values]
   new_statistics = []
   for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
-    draw = statistic_bits(own_bits, i)
+    draw = statistic_bits(functools.partial(lane_bits, own_word), i)
     if not f.has_scale:
       new_statistics.append(state_formats.quantize(x, f, draw))
       continue

@@ -162,7 +162,8 @@ def fused_update_leaves(
     programs = {kind: shards.each(program) for kind, program in programs.items()}
   elif is_kernel:
     programs |= _on_shards(rules, formats, lands, leaves)
-  return by_device(programs, scalars, leaves, when, index, on_each=shards is not None)
+  like = [leaf[1:4] for leaf in leaves]
+  return by_device(programs, scalars, leaves, when, index, on_each=shards is not None, like=like)
 
 
 def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:

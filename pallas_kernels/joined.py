@@ -25,13 +25,13 @@ class Draws(NamedTuple):
 
   Attributes:
     words: two uint32 [blocks, 1], the words of each block's stream.
-    own_words: likewise of the statistics' streams.
+    own_words: likewise of the statistics' streams, where they have their own.
     first: uint32 [blocks, 1], the place of each block's first element.
     length: int32 [blocks], how many values a block has; None where every block is full.
   """
 
   words: tuple[jax.Array, jax.Array]
-  own_words: tuple[jax.Array, jax.Array]
+  own_words: tuple[jax.Array, jax.Array] | None
   first: jax.Array
   length: Any
 
@@ -49,7 +49,7 @@ class Draws(NamedTuple):
 
   def own_bits(self, lane: int) -> jax.Array:
     """The bits of the statistics."""
-    return element_bits(self.own_words, self._places(), lane=lane)
+    return element_bits(self.own_words or self.words, self._places(), lane=lane)
 
   def _places(self):
     shape = (self.first.shape[0], BLOCK)
@@ -102,6 +102,48 @@ def cut_off(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return blocks.reshape(shape)
 
 
+class Joint:
+  """Arrays of some shapes behind each other, in blocks.
+
+  Attributes:
+    count: how many blocks there are.
+  """
+
+  def __init__(self, shapes: Sequence[tuple[int, ...]], whole_tiles: int = 1):
+    """Blocks of zeros fill up the last of whole_tiles blocks."""
+    self._shapes = list(shapes)
+    self.counts = [blocks_in(shape) for shape in shapes]
+    self.spare = -sum(self.counts) % whole_tiles
+    self.count = sum(self.counts) + self.spare
+    # Behind a barrier, so that the copies of equal leaves are one kernel to a compiler.
+    starts = list(itertools.accumulate(self.counts, initial=0))[:-1]
+    self._starts = jax.lax.optimization_barrier([jnp.int32(x) for x in starts])
+
+  def values(self, xs) -> jax.Array:
+    """Arrays of the shapes -> [blocks, 32]."""
+    pairs = zip(xs, self._shapes, strict=True)
+    return self._behind_each_other([fill(x, rows_of(shape)[1]) for x, shape in pairs])
+
+  def by_block(self, xs) -> jax.Array:
+    """Arrays with k values for each block, in order -> [blocks, k]."""
+    pairs = zip(xs, self.counts, strict=True)
+    return self._behind_each_other([x.reshape(count, -1) for x, count in pairs])
+
+  def _behind_each_other(self, parts):
+    if self.spare:
+      parts = [*parts, jnp.zeros((self.spare, *parts[0].shape[1:]), parts[0].dtype)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+  def cut(self, x: jax.Array, like: Sequence[Any]) -> list[jax.Array]:
+    """[blocks, k] -> the parts, in the shapes of like."""
+    parts = zip(self._shapes, self.counts, self._starts, like, strict=True)
+    return [self._cut(x, *part) for part in parts]
+
+  def _cut(self, x, shape, count, start, like):
+    x = jax.lax.dynamic_slice_in_dim(x, start, count)
+    return cut_off(x, shape) if x.shape[1:] == (BLOCK,) else x.reshape(like.shape)
+
+
 def step(
   program: Callable,
   leaves: Sequence[Any],
@@ -126,86 +168,94 @@ def step(
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     stored = jax.tree.map(take, stored)
   shapes = [leaf.gradient.shape for leaf in leaves]
-  counts = [blocks_in(shape) for shape in shapes]
-  spare = -sum(counts) % whole_tiles
+  joint = Joint(shapes, whole_tiles)
 
-  def concatenate(parts):
-    if spare:
-      parts = [*parts, jnp.zeros((spare, *parts[0].shape[1:]), parts[0].dtype)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-  def values(*xs):
-    return concatenate([fill(x, rows_of(shape)[1]) for x, shape in zip(xs, shapes, strict=True)])
-
-  def residuals(*xs):
-    if xs[0].dtype != jnp.uint8:
-      return values(*xs)
-    # Packed, it has as many bytes for each block, whatever the block's length.
-    return concatenate([x.reshape(count, -1) for x, count in zip(xs, counts, strict=True)])
-
-  def statistic(*xs):
+  def statistic(xs):
     if not isinstance(xs[0], Blocks):
-      return values(*xs)
-    scales = concatenate([x.scale.reshape(-1, 1) for x in xs])
-    return Blocks(values(*(x.codes for x in xs)), scales)
+      return joint.values(xs)
+    return Blocks(joint.values([x.codes for x in xs]), joint.by_block([x.scale for x in xs]))
 
   lows, deltas, statistics = zip(*stored, strict=True)
+  residuals = None
+  if deltas[0] is not None:  # packed, it has as many bytes for each block, however short
+    join = joint.by_block if deltas[0].dtype == jnp.uint8 else joint.values
+    residuals = join(deltas)
   leaf = type(leaves[0])(
-    gradient=values(*(leaf.gradient for leaf in leaves)),
-    low=values(*lows),
-    delta=None if deltas[0] is None else residuals(*deltas),
-    statistics=[statistic(*xs) for xs in zip(*statistics, strict=True)],
+    gradient=joint.values([leaf.gradient for leaf in leaves]),
+    low=joint.values(lows),
+    delta=residuals,
+    statistics=[statistic(xs) for xs in zip(*statistics, strict=True)],
     stream=None,
   )
-  new = program(leaf, _draws(leaves, shapes, counts, spare, index, windows))
-
-  # Behind a barrier, so that the copies of equal leaves are one kernel to a compiler.
-  starts = list(itertools.accumulate(counts, initial=0))
-  starts = jax.lax.optimization_barrier([jnp.int32(x) for x in starts[:-1]])
-  results = []
-  for shape, count, start, old in zip(shapes, counts, starts, stored, strict=True):
-
-    def cut(x, like, shape=shape, count=count, start=start):
-      x = jax.lax.dynamic_slice_in_dim(x, start, count)
-      return cut_off(x, shape) if x.shape[1:] == (BLOCK,) else x.reshape(like.shape)
-
-    results.append(jax.tree.map(cut, new, old))
+  own = None
+  if leaves[0].statistics_stream is not None:
+    own = [leaf.statistics_stream for leaf in leaves]
+  firsts = None
+  if index is not None or windows:
+    given = windows or [None] * len(leaves)
+    firsts = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
+  new = program(leaf, draws(joint, shapes, [leaf.stream for leaf in leaves], own, firsts))
+  flat_new, treedef = jax.tree.flatten(new)
+  likes = zip(*(jax.tree.leaves(old) for old in stored), strict=True)
+  parts = [joint.cut(x, like) for x, like in zip(flat_new, likes, strict=True)]
+  results = [jax.tree.unflatten(treedef, part) for part in zip(*parts, strict=True)]
   if index is None:
     return results
-  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), index, 0)
+  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return [
     jax.tree.map(put, leaf[1:4], result) for leaf, result in zip(leaves, results, strict=True)
   ]
 
 
-def _draws(leaves, shapes, counts, spare: int, index, windows) -> Draws:
-  """The blocks' streams and places."""
-  which = np.repeat(np.arange(len(leaves)), counts)
-  which = np.concatenate([which, np.zeros(spare, which.dtype)])
+def _firsts(shape: tuple[int, ...]) -> np.ndarray:
+  """The place of each block's first element, uint32 [blocks]."""
+  rows, n = rows_of(shape)
+  return (np.arange(rows)[:, None] * n + np.arange(0, n, BLOCK)).reshape(-1).astype(np.uint32)
+
+
+def _first_in_whole(leaf, index, window: Window | None):
+  """Likewise, in the whole that a leaf is a part of."""
+  shape = leaf.gradient.shape
+  first = _firsts(shape)
+  if index is not None:
+    window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
+    window = Window((index, *window.start[1:]), window.shape)
+    shape = (1, *shape)
+  return first if window is None else whole_place(jnp.asarray(first), shape, window)
+
+
+def draws(joint: Joint, shapes, streams, own_streams=None, firsts=None) -> Draws:
+  """The blocks' streams and places.
+
+  Args:
+    joint: the arrays.
+    shapes: theirs.
+    streams: the two words of each array's stream.
+    own_streams: likewise of their statistics, or None.
+    firsts: the place of each block's first element, if it is not its place in the array.
+
+  Returns:
+    The `Draws`.
+  """
+  which = np.repeat(np.arange(len(shapes)), joint.counts)
+  which = np.concatenate([which, np.zeros(joint.spare, which.dtype)])
 
   def words(streams):
     table = jnp.stack(streams).at[which].get(mode="promise_in_bounds")
     return table[:, :1], table[:, 1:]
 
-  firsts: list[Any] = []
-  lengths = []
-  for i, (leaf, shape) in enumerate(zip(leaves, shapes, strict=True)):
-    rows, n = rows_of(shape)
-    column = np.arange(0, n, BLOCK)
-    lengths.append(np.tile(np.minimum(n - column, BLOCK), rows))
-    first = (np.arange(rows)[:, None] * n + column).reshape(-1).astype(np.uint32)
-    window = windows[i] if windows else None
-    if index is not None:
-      window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
-      window = Window((index, *window.start[1:]), window.shape)
-      shape = (1, *shape)
-    firsts.append(first if window is None else whole_place(jnp.asarray(first), shape, window))
-  zeros = [np.zeros(spare, np.uint32)]
+  zeros = np.zeros(joint.spare, np.uint32)
+  firsts = list(map(_firsts, shapes)) if firsts is None else firsts
   is_constant = all(isinstance(x, np.ndarray) for x in firsts)
-  first = (np if is_constant else jnp).concatenate([*firsts, *zeros])
-  length = np.concatenate([*lengths, *zeros]).astype(np.int32)
-  is_ragged = (length[: len(length) - spare] < BLOCK).any()
-  streams = [leaf.stream for leaf in leaves]
-  own = [x.stream if x.statistics_stream is None else x.statistics_stream for x in leaves]
-  return Draws(words(streams), words(own), jnp.asarray(first)[:, None].astype(_U32),
-    jnp.asarray(length) if is_ragged else None)
+  first = (np if is_constant else jnp).concatenate([*firsts, zeros])
+  lengths = []
+  for rows, n in map(rows_of, shapes):
+    lengths.append(np.tile(np.minimum(n - np.arange(0, n, BLOCK), BLOCK), rows))
+  length = np.concatenate([*lengths, zeros]).astype(np.int32)
+  is_ragged = (length[: joint.count - joint.spare] < BLOCK).any()
+  return Draws(
+    words(streams),
+    None if own_streams is None else words(own_streams),
+    jnp.asarray(first)[:, None].astype(_U32),
+    jnp.asarray(length) if is_ragged else None,
+  )

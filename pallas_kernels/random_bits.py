@@ -143,13 +143,22 @@ def element_bits(key, index, index_high=0, lane: int = 0):
   Returns:
     uint32 of index's shape.
   """
+  return lane_bits(_mixed(key, index, index_high), lane)
+
+
+def _mixed(key, index, index_high):
+  """An element's bits in lane 0."""
   k0, k1 = key
   h = index ^ k0
   h = (h ^ (h >> _U32(17))) * _U32(0xED5AD4BB)
   k1 = k1 ^ (index_high * _U32(0x9E3779B9))
   h = (h ^ (h >> _U32(11))) * _U32(0xAC4C1B51) + k1
   h = (h ^ (h >> _U32(15))) * _U32(0x31848BAB)
-  h = h ^ (h >> _U32(14))
+  return h ^ (h >> _U32(14))
+
+
+def lane_bits(h, lane: int):
+  """The bits of a lane, of the same elements' in lane 0."""
   for i in range(lane):
     h = h * _U32(_LANES[i % len(_LANES)])
     h = h ^ (h >> _U32(16))
