@@ -16,7 +16,7 @@ from pallas_kernels import DeltaFormat, arithmetic, checks, packing, sharded
 from pallas_kernels.apply_update import apply_update_stream
 from pallas_kernels.merge import merge
 from pallas_kernels.random_bits import key_words, leaf_id, stream_keys
-from pallas_kernels.split import split_stream
+from pallas_kernels.split import split_leaves
 
 Weights = Any  # a format, a pytree prefix of formats, or a callable (path, leaf) -> format
 
@@ -96,6 +96,7 @@ def delta_bits(
     section 3.1
   """
   inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+  starts_at_zero = getattr(inner.init, "starts_at_zero", False)
   is_portable = elementwise and not hasattr(inner.update, "elementwise")  # which then is
   update_of_inner = functools.partial(portable_update, inner) if is_portable else inner.update
   _refuse_half_hyperparameters(inner)
@@ -104,22 +105,27 @@ def delta_bits(
     weights = jax.tree.map(DeltaFormat.parse, weights)
 
   def init_fn(params):
-    words = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
+    seed = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
     session = _session.current(_session.InitSession)
     formats = _formats_for(weights, params, converting=session is not None)
-    streams = _streams(words, 0, formats.by_name)
-    residuals, masters = {}, {}
+    streams = _streams(seed, 0, formats.by_name)
+    residuals, masters, whole = {}, {}, {}
     for name, leaf in _tree.named_leaves(params).items():
       fmt = formats.get(name)
       if fmt is None:
         continue
       if leaf.dtype == jnp.float32:
-        low, residuals[name] = split_stream(leaf, fmt, streams[name])
-        session.convert(name, low)
-        masters[name] = merge(low, residuals[name], fmt)
+        whole.setdefault(fmt, {})[name] = jnp.asarray(leaf)
       else:
         residuals[name] = _zeros(leaf, fmt)
         masters[name] = arithmetic.widen(leaf)
+    for fmt, leaves in whole.items():
+      words = [streams[name] for name in leaves]
+      parts = split_leaves(list(leaves.values()), fmt, words, merges=not starts_at_zero)
+      for name, (low, residuals[name], master) in zip(leaves, parts, strict=True):
+        session.convert(name, low)
+        # A state of zeros is one whatever the weights are.
+        masters[name] = leaves[name] if starts_at_zero else master
     if session is not None:
       session.found_ours = True
     with _session.holding(frozenset(formats.by_name)):
@@ -128,7 +134,7 @@ def delta_bits(
     return DeltaBitsState(
       formats=formats.marked(params),
       step=jnp.zeros([], jnp.int32),
-      key=words,
+      key=seed,
       residuals=_tree.map_named(lambda name, _: residuals.get(name), params),
       inner_state=inner_state,
     )
@@ -263,7 +269,9 @@ def _streams(
   if not names:
     return {}
   keys = stream_keys(words, step, [leaf_id(name) for name in names], micro_batch)
-  return {name: keys[i] for i, name in enumerate(names)}
+  # Behind a barrier: fused into a leaf's program, its place in keys would make it one of its own.
+  words = jax.lax.optimization_barrier([keys[i] for i in range(len(names))])
+  return dict(zip(names, words, strict=True))
 
 
 def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:

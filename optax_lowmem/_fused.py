@@ -32,7 +32,9 @@ def fused(
   """
   implementation = optimizer.implementation
   launch.check_name(implementation)
-  inner = quantize(optimizer.make(optimizer.mask), formats, "bf16", key, only_held=True)
+  inner = quantize(
+    optimizer.make(optimizer.mask), formats, "bf16", key, only_held=True, starts_at_zero=True
+  )
   composed = delta_bits(inner, weights, key=key)
 
   def update_fn(updates, state, params=None, **extra_args):

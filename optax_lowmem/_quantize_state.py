@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowmem import _session, _tree, _variables
@@ -151,6 +152,7 @@ def quantize(
   required: Collection[str] = (),
   only_held: bool = False,
   elementwise: bool = False,
+  starts_at_zero: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """`quantize_state`, field formats checked one by one.
 
@@ -163,6 +165,7 @@ def quantize(
     only_held: leave alone what belongs to a parameter without a weight format
       (inside `delta_bits`).
     elementwise: as `quantize_state`'s.
+    starts_at_zero: whether each statistic does, whatever the parameters are.
 
   Returns:
     The transformation.
@@ -176,12 +179,17 @@ def quantize(
   def init_fn(params):
     inner_state = _tree.sharded_like(inner.init(jax.tree.map(_widen, params)), params)
     table = _find_statistics(inner_state, params, by_field, default, required, only_held)
-    # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
-    if table.table:
-      inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
     words = jnp.array(key_words(key), copy=True)
     if (session := _session.current(_session.InitSession)) is not None:
       session.found_ours = True
+    if starts_at_zero:
+      by_name = _tree.named_leaves(params)
+      zeros = lambda name, x: _zeros_of(x, table.get(name), by_name)
+      inner_state = _tree.map_named(zeros, inner_state)
+      return QuantizedState(table.marked(params), jnp.zeros([], jnp.int32), words, inner_state)
+    # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
+    if table.table:
+      inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
     return QuantizedState(
       formats=table.marked(params),
       step=jnp.zeros([], jnp.int32),
@@ -207,7 +215,32 @@ def quantize(
 
   if elementwise:
     update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
+  init_fn.starts_at_zero = starts_at_zero  # type: ignore[attr-defined] # then delta_bits merges nothing
   return _variables.transformation(init_fn, update_fn)
+
+
+def _zeros_of(x, known: Statistic | None, parameters):
+  """A statistic of zeros as it is stored, sharded like its parameter."""
+  if known is None:
+    return x
+  return _stored_zeros(x, parameters[known.parameter], known.format)
+
+
+def _stored_zeros(x, parameter, fmt: StateFormat):
+  struct = state_formats.stored_struct(x.shape, fmt)
+  is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (x, parameter))
+  if is_concrete and len(x.sharding.device_set) == 1:
+    # From the host: nothing to compile for each shape.
+    return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), x.sharding), struct)
+
+  def zeros(x):
+    codes = jnp.where(x == x, 0, 0).astype(fmt.dtype)
+    if not fmt.has_scale:
+      return codes
+    # Shardings are propagated before XLA sees that these are zeros, too.
+    return state_formats.Blocks(codes, state_formats.block_sums(codes).astype(jnp.bfloat16))
+
+  return sharded.automatic(zeros, x, x)
 
 
 def _widen(x):

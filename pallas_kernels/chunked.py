@@ -29,7 +29,7 @@ JOINED = 1 << 13
 
 def takes(leaf, fmt) -> bool:
   """Whether `step` takes a leaf."""
-  return joined.takes(leaf, fmt)
+  return joined.takes(leaf.gradient, leaf.low, fmt)
 
 
 def step(rule, formats, lands, leaves: Sequence, when, index=None, windows=None):

@@ -61,7 +61,7 @@ def on_xla(
 def _small_joined(program, alone, formats, leaves, index, windows, whole_tiles=1):
   """Calls alone(leaf, window) for large leaves, and program(leaf, draws) for small ones joined."""
   small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
-  small = [i for i in small if joined.takes(leaves[i], formats[0])]
+  small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
   small = small if len(small) > 1 or whole_tiles > 1 else []
   sizes = [joined.blocks_in(leaves[i].gradient.shape) for i in small]
   results = {}

@@ -67,9 +67,9 @@ def blocks_in(shape: tuple[int, ...]) -> int:
   return rows * -(-n // BLOCK)
 
 
-def takes(leaf, fmt) -> bool:
-  """Whether a leaf can be joined: a residual in whole blocks, places that fit 32 bits."""
-  shape, whole = leaf.gradient.shape, leaf.low.shape
+def takes(x, low, fmt) -> bool:
+  """Whether x, of the weights low, can be joined: residuals by block, places that fit 32 bits."""
+  shape, whole = x.shape, low.shape
   is_in_blocks = fmt.residual_bits in (0, 8, 16) or (bool(shape) and shape[-1] >= BLOCK)
   return is_in_blocks and 0 < math.prod(whole) < 1 << 32
 

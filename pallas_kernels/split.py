@@ -4,8 +4,10 @@ import functools
 
 import jax
 
-from pallas_kernels import arithmetic, checks, launch, packing, sharded
+from pallas_kernels import arithmetic, checks, joined, launch, packing, sharded
+from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
+from pallas_kernels.merge import merge
 from pallas_kernels.random_bits import random_bits
 
 
@@ -66,6 +68,62 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
     tile, key=stream if fmt.needs_key else None, reads=[x], outputs=outputs
   )
   return low, delta[0] if delta else None
+
+
+def split_leaves(xs, fmt: DeltaFormat, streams, merges: bool):
+  """`split_stream` of several arrays, in one program, where small ones are joined.
+
+  Args:
+    xs: float32 arrays.
+    fmt: their format, of half precision.
+    streams: the words of each array's stream.
+    merges: whether the float32 values of weights and residuals are wanted.
+
+  Returns:
+    (low, delta, value) of each array; value is None unless it is wanted.
+  """
+  if any(map(sharded.has_explicit_axes, xs)):
+    results = [split_stream(x, fmt, stream) for x, stream in zip(xs, streams, strict=True)]
+    return [(*parts, merge(*parts, fmt) if merges else None) for parts in results]
+  each = functools.partial(_xla_leaves, fmt, merges)
+  together = functools.partial(_joined_leaves, fmt, merges)
+  return by_device({"any": each, "cpu": together}, xs, streams)
+
+
+def _xla_leaves(fmt: DeltaFormat, merges: bool, xs, streams):
+  one = jax.jit(functools.partial(_split_and_merge, fmt, merges))
+  return [one(x, stream) for x, stream in zip(xs, streams, strict=True)]
+
+
+def _split_and_merge(fmt, merges, x, stream):
+  low, delta = _xla(fmt, x, stream)
+  value = arithmetic.merge_values(low, packing.unpack(delta, low.shape, fmt), fmt)
+  return low, delta, value if merges else None
+
+
+def _joined_leaves(fmt: DeltaFormat, merges: bool, xs, streams):
+  small = [i for i, x in enumerate(xs) if joined.takes(x, x, fmt) and x.size < 1 << 18]
+  small = small if len(small) > 1 else []
+  large = [i for i in range(len(xs)) if i not in set(small)]
+  found = _xla_leaves(fmt, merges, [xs[i] for i in large], [streams[i] for i in large])
+  results = dict(zip(large, found, strict=True))
+  if small:
+    some, words = [xs[i] for i in small], [streams[i] for i in small]
+    shapes = [x.shape for x in some]
+    joint = joined.Joint(shapes)
+    draws = joined.draws(joint, shapes, words)
+    low, wide = arithmetic.split_values(joint.values(some), fmt, draws.bits(0))
+    value = arithmetic.merge_values(low, wide, fmt) if merges else None
+    delta = packing.pack(wide, fmt)
+    structs = [packing.stored_struct(shape, fmt) for shape in shapes]
+    nones = [None] * len(small)
+    parts = (
+      joint.cut(low, some),
+      nones if delta is None else joint.cut(delta, structs),
+      nones if value is None else joint.cut(value, some),
+    )
+    results |= dict(zip(small, zip(*parts, strict=True), strict=True))
+  return [results[i] for i in range(len(xs))]
 
 
 def _xla(fmt: DeltaFormat, x, stream):

@@ -150,6 +150,12 @@ def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
   return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
 
 
+def block_sums(x: jax.Array) -> jax.Array:
+  """The sum of each block, float32, where `Blocks` hold its scale."""
+  sum_K = jnp.sum(_in_blocks(x), axis=-1, dtype=jnp.float32)
+  return sum_K.reshape((*x.shape[:-1], -(-x.shape[-1] // BLOCK)) if x.shape else ())
+
+
 def dequantize(stored, fmt: StateFormat) -> jax.Array:
   """Storage -> float32: what `quantize` rounded to.
 

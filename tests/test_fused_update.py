@@ -67,7 +67,7 @@ def step(
 def plain(leaf: Leaf, fmt="bf16+8", statistic_formats=INT8, when=None):
   """The program of a sharded array or an old GPU."""
   formats = lowmem.DeltaFormat.parse(fmt), statistic_formats
-  return jax.jit(functools.partial(_xla, bound(adam, formats, leaf), formats, None))(leaf, when)
+  return jax.jit(functools.partial(_xla, bound(adam, formats, leaf), formats, False))(leaf, when)
 
 
 def bound(rule, formats, leaf: Leaf):
@@ -198,7 +198,7 @@ def test_stacks(shape, fmt, implementation, monkeypatch):
     wanted = plain(leaf, fmt)
     formats = lowmem.DeltaFormat.parse(fmt), INT8
     call = jax.jit(
-      lambda leaf, i: _xla_in_stack(bound(adam, formats, leaf), formats, None, leaf, None, i)
+      lambda leaf, i: _xla_in_stack(bound(adam, formats, leaf), formats, False, leaf, None, i)
     )
   else:
     (wanted,) = step([leaf], implementation, fmt)
@@ -240,7 +240,7 @@ def test_a_rule_without_an_update(implementation):
   rule = lambda *args: (None, adam(*args)[1])
   formats = lowmem.DeltaFormat.parse("bf16+8"), INT8
   run = lambda rule: (
-    jax.jit(functools.partial(_xla, bound(rule, formats, leaf), formats, None))(leaf, None)
+    jax.jit(functools.partial(_xla, bound(rule, formats, leaf), formats, False))(leaf, None)
     if implementation == "plain" else step([leaf], implementation, rule=rule)[0]
   )  # fmt: skip
   assert_trees_equal(run(rule), (*leaf[1:3], run(adam)[2]))

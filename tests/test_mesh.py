@@ -184,9 +184,11 @@ def calls_on_shards(monkeypatch):
   def kind(devices, *args):
     return "mosaic_gpus" if len(devices) > 1 else kind_of(devices, *args)
 
-  def xla_on_shards(rules, formats, scalars, leaves, when, index, windows):
+  def xla_on_shards(rules, formats, lands, scalars, leaves, when, index, windows):
     calls.append((index, [leaf.low.shape for leaf in leaves]))
-    return fused_programs.on_xla(rules, formats, scalars, leaves, when, index, windows=windows)
+    return fused_programs.on_xla(
+      rules, formats, lands, scalars, leaves, when, index, windows=windows
+    )
 
   monkeypatch.setattr(by_device_module, "_kind", kind)
   monkeypatch.setattr(fused_programs, "as_kernel", xla_on_shards)
