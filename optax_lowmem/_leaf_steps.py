@@ -23,6 +23,7 @@ from optax_lowmem._quantize_state import QuantizedState
 from pallas_kernels import DeltaFormat, launch
 from pallas_kernels.fused_programs import Leaf, is_small
 from pallas_kernels.fused_update import fused_update_leaves
+from pallas_kernels.launch_blocks import takes_blocks
 from pallas_kernels.state_formats import Blocks, StateFormat
 
 # Statistic's name, its value and the gradient -> what `accumulate` makes of it.
@@ -358,14 +359,18 @@ class _Kind(NamedTuple):
 
 
 def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:
-  """(kind, names) of the leaves that are stepped together: all small ones of a kind."""
-  small: dict[_Kind, list[str]] = {}
+  """(kind, names) of the leaves that are stepped together: all small ones of a kind.
+
+  Rows of whole blocks apart, which a kernel takes on a mesh, too.
+  """
+  small: dict[tuple[_Kind, bool], list[str]] = {}
   for name, kind in kinds.items():
     if is_small(shapes[name]):
-      small.setdefault(kind, []).append(name)
+      small.setdefault((kind, takes_blocks(shapes[name])), []).append(name)
     else:
       yield kind, [name]
-  yield from small.items()
+  for (kind, _), names in small.items():
+    yield kind, names
 
 
 def _is_blocks(x) -> bool:
