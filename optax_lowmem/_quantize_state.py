@@ -184,7 +184,7 @@ def quantize(
       session.found_ours = True
     if starts_at_zero:
       by_name = _tree.named_leaves(params)
-      zeros = lambda name, x: _zeros_of(x, table.get(name), by_name)
+      zeros = lambda name, x: _zeros_of(x, table.get(name), by_name, words)
       inner_state = _tree.map_named(zeros, inner_state)
       return QuantizedState(table.marked(params), jnp.zeros([], jnp.int32), words, inner_state)
     # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
@@ -219,28 +219,26 @@ def quantize(
   return _variables.transformation(init_fn, update_fn)
 
 
-def _zeros_of(x, known: Statistic | None, parameters):
+def _zeros_of(x, known: Statistic | None, parameters, words):
   """A statistic of zeros as it is stored, sharded like its parameter."""
   if known is None:
     return x
-  return _stored_zeros(x, parameters[known.parameter], known.format)
-
-
-def _stored_zeros(x, parameter, fmt: StateFormat):
+  fmt, parameter = known.format, parameters[known.parameter]
   struct = state_formats.stored_struct(x.shape, fmt)
-  is_concrete = not any(isinstance(a, jax.core.Tracer) for a in (x, parameter))
-  if is_concrete and len(x.sharding.device_set) == 1:
+  if any(isinstance(a, jax.core.Tracer) for a in (x, parameter)):
+    return sharded.automatic(functools.partial(_traced_zeros, fmt=fmt), x, x)
+  if len(x.sharding.device_set) == 1:
     # From the host: nothing to compile for each shape.
     return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), x.sharding), struct)
+  return _quantize(x, fmt, known.number, words, _block_scale(x, fmt) if fmt.has_scale else None)
 
-  def zeros(x):
-    codes = jnp.where(x == x, 0, 0).astype(fmt.dtype)
-    if not fmt.has_scale:
-      return codes
-    # Shardings are propagated before XLA sees that these are zeros, too.
-    return state_formats.Blocks(codes, state_formats.block_sums(codes).astype(jnp.bfloat16))
 
-  return sharded.automatic(zeros, x, x)
+def _traced_zeros(x, fmt: StateFormat):
+  """Shardings are propagated from x before XLA sees that these are zeros, whatever x is."""
+  codes = jnp.where(x == x, 0, 0).astype(fmt.dtype)
+  if not fmt.has_scale:
+    return codes
+  return state_formats.Blocks(codes, state_formats.block_sums(codes).astype(jnp.bfloat16))
 
 
 def _widen(x):

@@ -162,7 +162,7 @@ def _chunk(
   wide = packing.unpack(delta, shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
   old = [state_formats.dequantize(x, f) for x, f in zip(statistics, statistic_formats, strict=True)]
-  update, values = rule(gradient, master, old, keep=_keep)
+  update, values = rule(gradient, master, old)
   if valid is not None:  # what fills a row up counts in no block's largest value
     values = [jnp.where(valid, x, 0) for x in values]
   new_statistics = []

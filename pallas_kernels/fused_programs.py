@@ -160,11 +160,11 @@ def _bound(rules, scalars, contracts: bool = False, products=None) -> Rule:
   whatever program, or in whatever kernel, unless it contracts.
   """
 
-  def rule(gradient, *others, keep=None):
+  def rule(gradient, *others):
     shape = gradient.shape
     args = jax.tree.map(lambda x: x.reshape(shape or (1,)), (gradient, *others))
     rest = rules.get(shape or (1,)) or next(iter(rules.values()))
-    update, values = rest(scalars, *args, contracts=contracts, products=products, keep=keep)
+    update, values = rest(scalars, *args, contracts=contracts, products=products)
     if update is not None and not contracts and products is None:
       update = arithmetic.rounded(update)
     return jax.tree.map(lambda x: x.reshape(shape), (update, values))

@@ -100,10 +100,7 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     if eqn.primitive.name not in _NO_PRODUCTS or _is_in(eqn.invars[-1], inverted)
   }
 
-  def rest(
-    values, *args, contracts=False, products: Sequence[bool] | None = None,
-    keep: Callable | None = None,
-  ):  # fmt: skip
+  def rest(values, *args, contracts=False, products: Sequence[bool] | None = None):
     evaluate_one = evaluate
     if products is not None:
       given = {var for var, is_one in zip(jaxpr.invars, products, strict=True) if is_one}
@@ -116,41 +113,20 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     env = {var: values[i] for var, i in used.items()}
     env |= dict(zip(jaxpr.invars, arrays, strict=True))
     is_other = any(x.shape != struct.shape for x, struct in zip(arrays, flat, strict=True))
-
-    def compute(eqn):
+    for eqn in kept:
       if is_other and eqn.primitive is jax.lax.broadcast_in_dim_p:
         env[eqn.outvars[0]] = jax.numpy.broadcast_to(read(env, eqn.invars[0]), arrays[0].shape)
-      elif eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
+        continue
+      if eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
         env[eqn.outvars[0]] = read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
       else:
         evaluate_one(eqn, env)
-
-    later = kept
-    if keep is not None:
-      results = [x for x in jaxpr.outvars[1:] if not isinstance(x, Literal)]
-      first = _ancestors(kept, results)
-      for eqn in (eqn for eqn in kept if id(eqn) in first):
-        compute(eqn)
-      env |= dict(zip(results, keep([read(env, x) for x in results]), strict=True))
-      later = [eqn for eqn in kept if id(eqn) not in first]
-    for eqn in later:
-      compute(eqn)
     return jax.tree.unflatten(jax.tree.structure(out), [read(env, x) for x in jaxpr.outvars])
 
   is_flat = not any(map(_calls, kept))
   takes_any_shape = len({x.shape for x in flat}) == 1 and is_flat
   rest.takes_any_shape = takes_any_shape  # type: ignore[attr-defined]
   return scalars, rest
-
-
-def _ancestors(eqns, results) -> set[int]:
-  """The ids of the equations that results come from."""
-  wanted, found = set(results), set()
-  for eqn in reversed(eqns):
-    if not wanted.isdisjoint(eqn.outvars):
-      found.add(id(eqn))
-      wanted.update(x for x in eqn.invars if not isinstance(x, Literal))
-  return found
 
 
 def _calls(eqn) -> bool:
