@@ -114,7 +114,9 @@ def _culprits(tx, params, opt_state, kind) -> tuple[list[str], list[str]]:
         variable = variables[name]
         eqn = None if hasattr(variable, "val") else made_by.get(variable)
         culprit = flow.culprit(update, weight, new.step)
-        changing.append(culprit or ("" if eqn is None else _updates_flow.member_of(eqn)))
+        changing.append(
+          culprit or ("" if eqn is None else _updates_flow.member_of(eqn, is_ours=False))
+        )
   return changing, flow.touched
 
 
@@ -125,15 +127,16 @@ def _first_named(members) -> str:
 def _trace(tx, params, opt_state):
   """The program of `tx.update` and the tree of its results, whatever it has to be given."""
   named: set[str] = set()
-  attempts = [(False, False), (True, False), (True, True)]
+  # Gradients of the weights' dtype or float32; then what is no step's, but shows the way, too.
+  attempts = [(False, False, False), (True, False, False), (True, False, True), (True, True, True)]
   while True:
     try:
       update = functools.partial(_update, tx, named, *attempts[0])
       with _checking():
         return jax.make_jaxpr(update, return_shape=True)(params, opt_state)
     except Exception as error:
-      missing = set(re.findall(r"'(\w+)'", str(error))) - named
-      if isinstance(error, TypeError) and "required keyword-only" in str(error) and missing:
+      missing = _wanted(str(error)) - named
+      if missing:
         named |= missing
       elif len(attempts) > 1:
         attempts.pop(0)
@@ -141,13 +144,19 @@ def _trace(tx, params, opt_state):
         raise
 
 
-def _update(tx, named, has_wide_grads: bool, gives_known: bool, params, opt_state):
-  grads = jax.tree.map(
-    lambda x: x.astype(jnp.float32) if has_wide_grads and _tree.is_half(x) else x, params
-  )
+def _wanted(error: str) -> set[str]:
+  """The extra arguments that an error of `tx.update` asks for."""
+  if "required keyword-only" in error:
+    return set(re.findall(r"'(\w+)'", error))
+  return set(re.findall(r"\w+", error)) & set(_EXTRA_ARGS) if "must be provided" in error else set()
+
+
+def _update(tx, named, has_wide_grads, has_wide_params, gives_known, params, opt_state):
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32) if _tree.is_half(x) else x, params)
+  grads = wide if has_wide_grads else params
   names = {*named, *(_EXTRA_ARGS if gives_known else ())}
   extra_args = {name: _EXTRA_ARGS.get(name, _scalar)(grads) for name in names}
-  return tx.update(grads, opt_state, params, **extra_args)
+  return tx.update(grads, opt_state, wide if has_wide_params else params, **extra_args)
 
 
 @contextlib.contextmanager

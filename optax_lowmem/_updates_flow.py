@@ -22,11 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 NEW, CHOICE, CHANGED, VALUE = "new", "choice", "changed", "value"
 ZERO = ("zero",)
 _NAME = "optax_lowmem_marked"
 _JAX = os.path.dirname(jax.__file__)
+_OPTAX = os.path.dirname(optax.__file__)
 _OURS = os.path.dirname(__file__)
 
 # One value in the shape or the dtype of another: what it says of a choice is the same.
@@ -120,8 +122,8 @@ class Flow:
     if any(map(_is_from_ours, ins)) or _makes_marked(eqn):
       member = next(filter(None, map(_changed_by, ins)), None) or self._member(eqn)
       return [(CHANGED, member)] * len(eqn.outvars)
-    if name == "not" and ins[0] in self._bools:
-      return [("not", ins[0])]
+    if name == "not" and (ins[0] in self._bools or ins[0][0] == "not"):
+      return [ins[0][1] if ins[0][0] == "not" else ("not", ins[0])]
     if name in _SAME_VALUE:
       return [ins[0]]
     return [self._other(v) for v in eqn.outvars]
@@ -185,8 +187,9 @@ def member_of(eqn, *, is_ours: bool = True) -> str:
   for frame in frames:  # the innermost first
     if frame.file_name.startswith(_JAX) or (not is_ours and frame.file_name.startswith(_OURS)):
       continue
-    owner, _, function = frame.function_name.replace(".<locals>", "").rpartition(".")
-    owner = owner.partition(".")[0]
+    *owners, function = frame.function_name.replace(".<locals>", "").split(".")
+    # Optax's transformations are functions of a module, others may be made anywhere.
+    owner = "".join(owners[:1] if frame.file_name.startswith(_OPTAX) else owners[-1:])
     if owner and function.startswith("update"):
       if not frame.file_name.endswith("_combining.py"):  # of Optax: chain hands on what it is given
         return owner
