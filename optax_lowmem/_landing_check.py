@@ -163,7 +163,7 @@ def _update(tx, named, has_wide_grads, has_wide_params, gives_known, params, opt
 def _checking():
   token = _is_checking.set(True)
   try:
-    with _jit_cache(True):
+    with _jit_cache(True), jax.disable_jit(False):
       yield
   finally:
     _is_checking.reset(token)

@@ -47,7 +47,7 @@ def marked(updates, weights, step, dtypes):
 
   def optax_lowmem_marked(updates, weights, step):
     del updates
-    return {k: jnp.zeros(x.shape, dtypes[k]) for k, x in weights.items()}, step + 1
+    return {k: jnp.zeros_like(x, dtypes[k]) for k, x in weights.items()}, step + 1
 
   return jax.jit(optax_lowmem_marked)(updates, weights, step)
 
@@ -70,8 +70,10 @@ class Flow:
     self._caller: str | None = None
 
   def values(self, jaxpr) -> tuple[list, list]:
-    """What the inputs and the outputs of a program are."""
+    """What the inputs and the outputs of a program with `marked` in it are."""
     inputs = [self._other(v) for v in jaxpr.invars]
+    if not _has_marked(jaxpr):
+      raise RuntimeError("it calls no member of optax_lowmem.")
     return inputs, self._run(jaxpr, inputs, is_top=True)
 
   def lands(self, update, weight, step, old_step) -> bool:
@@ -119,7 +121,7 @@ class Flow:
       return [self._choice(eqn, ins[index], (ZERO, ins[1 - index]))]
     if name in _SAME_ARRAY:
       return ins
-    if any(map(_is_from_ours, ins)) or _makes_marked(eqn):
+    if any(map(_is_from_ours, ins)) or any(map(_has_marked, _jaxprs(eqn.params))):
       member = next(filter(None, map(_changed_by, ins)), None) or self._member(eqn)
       return [(CHANGED, member)] * len(eqn.outvars)
     if name == "not" and (ins[0] in self._bools or ins[0][0] == "not"):
@@ -235,11 +237,10 @@ def _only_jaxpr(eqn):
   return found[0] if found else None
 
 
-def _makes_marked(eqn) -> bool:
+def _has_marked(jaxpr) -> bool:
   return any(
-    inner.params.get("name") == _NAME or _makes_marked(inner)
-    for jaxpr in _jaxprs(eqn.params)
-    for inner in jaxpr.eqns
+    eqn.params.get("name") == _NAME or any(map(_has_marked, _jaxprs(eqn.params)))
+    for eqn in jaxpr.eqns
   )
 
 

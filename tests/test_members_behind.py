@@ -394,6 +394,9 @@ def test_who_is_named():
   ):
     assert refused(lowmem.init, tx) == refused(create, tx) == name
     assert refused(lambda tx, params: jax.jit(lambda p: lowmem.init(tx, p))(params), tx) == name
+  with jax.disable_jit():
+    assert refused(lowmem.init, scaled) == "scale"
+    lowmem.init(optimizer(), make_params())
   low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
   twice = optax.chain(lowmem.delta_bits(optax.sgd(0.1)), lowmem.delta_bits())
   assert refused(lambda tx, _: lowmem.init(tx, low), twice) == "delta_bits"
