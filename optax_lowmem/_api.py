@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _loss_scale, _session, _tree
+from optax_lowmem import _landing_check, _loss_scale, _session, _tree
 from optax_lowmem._delta_bits import DeltaBitsState, _check_residuals, _streams
 from pallas_kernels.merge import merge
 from pallas_kernels.split import split_stream
@@ -24,19 +24,23 @@ def init(tx: optax.GradientTransformation, params):
     (params, opt_state).
 
   Raises:
-    ValueError: if two members claim one leaf; see `delta_bits` for formats.
+    ValueError: if two members claim one leaf, or if a member that stands behind
+      one of optax_lowmem would change its updates: the residual would belong to
+      another update than the one that lands. It is named; wrap the whole chain,
+      `lowmem.delta_bits(optax.chain(optax.adamw(lr), optax.scale(0.25)))`, or
+      put it in front. See `delta_bits` for formats.
 
   Examples:
     >>> tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
     >>> params, opt_state = lowmem.init(tx, params)
   """
-  params, opt_state, _ = _init_and_find(tx, params)
+  params, opt_state, _ = _init_and_find(tx, params, for_step=False)
   return params, opt_state
 
 
 def init_ours(tx, params):
   """`init`, where tx has to hold something of ours and one loss scale at most."""
-  params, opt_state, found_ours = _init_and_find(tx, params)
+  params, opt_state, found_ours = _init_and_find(tx, params, for_step=True)
   if not found_ours:
     raise ValueError(
       "tx holds nothing of optax_lowmem, so that the parameters would stay float32; wrap it:"
@@ -46,10 +50,11 @@ def init_ours(tx, params):
   return params, opt_state
 
 
-def _init_and_find(tx, params):
+def _init_and_find(tx, params, *, for_step: bool):
   with _session.open_session(_session.InitSession) as session:
     opt_state = tx.init(params)
   params = _tree.map_named(session.weights.get, params)
+  _landing_check.check(tx, params, opt_state, DeltaBitsState, for_step=for_step)
   return params, opt_state, session.found_ours
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree, _variables
+from optax_lowmem import _landing_check, _session, _tree, _variables
 from optax_lowmem._formats import Formats
 from optax_lowmem._loss_scale import LossScaleState
 from optax_lowmem._portable import portable_update
@@ -142,6 +142,8 @@ def delta_bits(
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError("delta_bits needs params: tx.update(grads, state, params); got None.")
+    if _landing_check.is_checking():
+      return _landing_check.mark(updates, state, params, update_dtype)
     _tree.check_gradients(updates, params)
     formats = state.formats
     weights_by_name = _tree.named_leaves(params)

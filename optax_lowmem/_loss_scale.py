@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowmem import _session, _tree
+from optax_lowmem import _landing_check, _session, _tree
 from pallas_kernels.all_finite import all_finite, scaled
 
 
@@ -228,6 +228,8 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
       guarded = session.unless_skipped(finite, updates, unscaled, inverse)
     with guarded:
       new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
+    if _landing_check.is_checking():
+      return new_updates, advance(state, finite, inner_state)
     weights = {} if params is None else _tree.named_leaves(params)
     inner_state = jax.tree.map(
       lambda new, old: new if is_settled(new) else _new_if(finite, new, old),

@@ -166,7 +166,27 @@ def refuse_members_behind():
       if len(parts) > 1 and parts[-1].startswith("update"):
         member = parts[0]
       traceback = traceback.tb_next
-    raise ValueError(
-      f"lowmem.step: {member} stands behind a transformation of optax_lowmem, where its update"
-      " could not land: the new weights and residuals are already written. Put it in front."
-    ) from error
+    raise ValueError(f"lowmem.step: {uses_updates(member)}") from error
+
+
+def changes_updates(member: str) -> str:
+  """What is wrong with a member behind ours that changes its updates, and the ways out."""
+  return (
+    f"{member} stands behind a transformation of optax_lowmem, or around it, and changes its"
+    " updates. The residual would belong to another update than the one that lands."
+    f" {_WAYS_OUT}"
+  )
+
+
+def uses_updates(member: str) -> str:
+  """What is wrong with one that `step` has no updates for, and the ways out."""
+  return (
+    f"{member} stands behind a transformation of optax_lowmem and uses its updates. lowmem.step has"
+    f" none: it writes the new weights and residuals at once. {_WAYS_OUT}"
+  )
+
+
+_WAYS_OUT = (
+  "Wrap the whole chain: lowmem.delta_bits(optax.chain(optax.adamw(lr), optax.scale(0.25))). Or put"
+  " it in front."
+)

@@ -56,7 +56,9 @@ class Optimizer(nnx.Optimizer):
 
     Raises:
       ValueError: if tx has nothing of optax_lowmem in it, if loss_scale is not
-        positive and finite, or if tx has a loss scale already.
+        positive and finite, if tx has a loss scale already, or if a member that
+        stands behind one of optax_lowmem does anything with its updates (it is
+        named; see `lowmem.init`).
       TypeError: if loss_scale is no number.
     """
     tx = _loss_scale.with_loss_scale(tx, loss_scale)
