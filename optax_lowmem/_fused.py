@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree, _variables
+from optax_lowmem import _landing_check, _session, _tree, _variables
 from optax_lowmem._delta_bits import Weights, delta_bits
 from optax_lowmem._leaf_steps import Gradient, LeafSteps, Optimizer
 from optax_lowmem._quantize_state import quantize
@@ -38,6 +38,8 @@ def fused(
   composed = delta_bits(inner, weights, key=key)
 
   def update_fn(updates, state, params=None, **extra_args):
+    if _landing_check.is_checking():
+      return composed.update(updates, state, params, **extra_args)
     session = _session.current(_session.StepSession)
     if not LeafSteps.can_step(state, params):
       if session is not None and implementation == "mosaic_gpu":
