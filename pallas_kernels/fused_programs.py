@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import arithmetic, chunked, joined, launch_blocks, packing, state_formats
 from pallas_kernels.random_bits import Window, random_bits, statistic_bits
@@ -184,11 +185,16 @@ MOST_SIZES = 12
 MOST_JOINED = 1 << 16  # blocks
 
 
-def takes_kernel(leaf: Leaf, shape: tuple[int, ...], stack: tuple[int, ...]) -> bool:
-  """Whether `as_kernel` takes a leaf: rows of whole blocks, or a small one of any shape."""
+def takes_kernel(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> bool:
+  """Whether `as_kernel` takes a leaf: rows of whole blocks, or a small one of any shape.
+
+  Of whole arrays also large ones in which little is left of tiles of 32 x 32.
+  """
   if all(map(launch_blocks.takes_blocks, (shape, stack))):
     return True
-  return is_small(shape) and 0 < math.prod(stack) < launch_blocks.MAX_SIZE
+  if not 0 < math.prod(stack) < launch_blocks.MAX_SIZE:
+    return False
+  return is_small(shape) or (is_whole and launch_blocks.takes_rectangle(*joined.rows_of(shape)))
 
 
 def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
@@ -212,10 +218,18 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
     found = kernel(scalars, [leaves[i] for i in those], of, when, index)
     results.update(zip(those, found, strict=True))
 
+  @jax.jit
+  def joined_kernel(leaf: Leaf, draws):
+    written = _operands(lands, leaf, None, draws)
+    launch_blocks.blockwise(tile, [written], scalars, when)
+    return _frozen(leaf, written)
+
   sizes: dict[int, list[int]] = {}
   rest = []
   for i, leaf in enumerate(leaves):
-    if launch_blocks.takes_blocks(leaf.gradient.shape):
+    if not is_small(leaf.gradient.shape) and leaf.gradient.shape[-1] % BLOCK:
+      results[i] = _ragged(tile, joined_kernel, lands, scalars, leaf, when)
+    elif launch_blocks.takes_blocks(leaf.gradient.shape):
       sizes.setdefault(leaf.gradient.size, []).append(i)
     else:
       rest.append(i)
@@ -228,11 +242,6 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
     for i in range(0, len(those), count):
       run(those[i : i + count])
 
-  def joined_kernel(leaf: Leaf, draws):
-    bl = _operands(lands, leaf, None, draws)
-    launch_blocks.blockwise(tile, [bl], scalars, when)
-    return _frozen(leaf, bl)
-
   for pool in joined.pools(
     [joined.blocks_in(leaves[i].gradient.shape) for i in rest], MOST_JOINED
   ):
@@ -241,6 +250,49 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
     found = joined.step(joined_kernel, *args, launch_blocks.TILE_ROWS)
     results.update(zip(those, found, strict=True))
   return [results[i] for i in range(len(leaves))]
+
+
+def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
+  """A large leaf whose rows end in a short block: a kernel, and what it leaves, joined, after it."""
+  rows, n = joined.rows_of(leaf.gradient.shape)
+  written = _operands(lands, leaf, None, row=n)
+  launch_blocks.rectangle(tile, written, scalars, when)
+  whole_rows, whole_columns = (x // BLOCK * BLOCK for x in (rows, n))
+  column = np.arange(whole_columns, n).astype(np.uint32)[:1]
+  right = np.arange(whole_rows, dtype=np.uint32) * np.uint32(n) + column
+  parts = [(slice(0, whole_rows), whole_columns, right)]
+  if rows > whole_rows:
+    below = joined.firsts((rows - whole_rows, n)) + np.uint32(whole_rows * n)
+    parts.append((slice(whole_rows, rows), 0, below))
+
+  def cut(of_rows, start: int) -> Leaf:
+    place = of_rows, slice(start, n)
+    values = [ref[place] for ref in written.refs]
+    scales = iter([ref[of_rows, start // BLOCK :] for ref in written.scale_refs])
+    read = written.read[place]
+    low, *others = values
+    delta = None if leaf.delta is None else others.pop(0)
+    statistics = [
+      Blocks(x, next(scales)) if isinstance(old, Blocks) else x
+      for x, old in zip(others, leaf.statistics, strict=True)
+    ]
+    gradient, low = (low, read) if lands else (read, low)
+    return Leaf(gradient, low, delta, statistics, leaf.stream)
+
+  # One after the other, in the memory of one, by one kernel: as many blocks.
+  tiles = launch_blocks.TILE_ROWS
+  blocks = max(-(-len(first) // tiles) * tiles for _, _, first in parts)
+  for of_rows, start, first in parts:
+    some = [cut(of_rows, start)]
+    ((low, delta, statistics),) = joined.step(joined_kernel, some, None, None, blocks, [first])
+    values = [low] if delta is None else [low, delta]
+    values += [x.codes if isinstance(x, Blocks) else x for x in statistics]
+    scales = [x.scale for x in statistics if isinstance(x, Blocks)]
+    for ref, x in zip(written.refs, values, strict=True):
+      ref[of_rows, start:] = x
+    for ref, x in zip(written.scale_refs, scales, strict=True):
+      ref[of_rows, start // BLOCK :] = x
+  return _frozen(leaf, written)
 
 
 def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, scales_K):
@@ -275,14 +327,18 @@ def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, sca
   return values_T, new_scales_K
 
 
-def _operands(lands, leaf: Leaf, window: Window | None, draws=None) -> launch_blocks.BlockLeaf:
-  blocks = lambda x: x.reshape(-1, BLOCK)
+def _operands(
+  lands, leaf: Leaf, window: Window | None, draws=None, row: int = BLOCK
+) -> launch_blocks.BlockLeaf:
+  blocks = lambda x: x.reshape(-1, row)
   gradient, low = leaf.gradient, leaf.low
   if lands:
     gradient, low = low, gradient
   values = [low] if leaf.delta is None else [low, leaf.delta]
   values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
   scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
+  if row != BLOCK:
+    scales = [x.reshape(-1, -(-row // BLOCK)) for x in scales]
   refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
   start, rows = None, ()
   if window is not None:

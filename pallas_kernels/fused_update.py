@@ -124,7 +124,10 @@ def fused_update_leaves(
   # A rule that holds programs of its own takes the shapes alone that it was traced with.
   is_flat = all(rest.takes_any_shape for rest in rules.values())
   takes_kernel = not reason and not is_plain and is_flat
-  takes_kernel &= all(map(fused_programs.takes_kernel, leaves, shapes, stacks))
+  is_whole = mesh is None and index is None
+  takes_kernel &= all(
+    fused_programs.takes_kernel(*of, is_whole) for of in zip(shapes, stacks, strict=True)
+  )
   # New weights that are to land are written where the gradients were.
   takes_kernel &= not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
   takes_kernel &= mesh is None or (shards is not None and shards.fit_words)

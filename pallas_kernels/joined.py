@@ -150,6 +150,7 @@ def step(
   index: jax.Array | None,
   windows: Sequence[Window | None] | None,
   whole_tiles: int = 1,
+  places: Sequence[np.ndarray] | None = None,
 ):
   """Steps leaves as one.
 
@@ -159,6 +160,8 @@ def step(
     index: the place of each leaf in a stack, or None.
     windows: the part of a whole that each leaf is, or None.
     whole_tiles: the number of blocks is filled up to a multiple of this.
+    places: of each leaf, the place of each block's first element, if it is not its
+      place in the leaf.
 
   Returns:
     (low, delta, statistics) of each leaf.
@@ -190,11 +193,10 @@ def step(
   own = None
   if leaves[0].statistics_stream is not None:
     own = [leaf.statistics_stream for leaf in leaves]
-  firsts = None
   if index is not None or windows:
     given = windows or [None] * len(leaves)
-    firsts = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
-  new = program(leaf, draws(joint, shapes, [leaf.stream for leaf in leaves], own, firsts))
+    places = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
+  new = program(leaf, draws(joint, shapes, [leaf.stream for leaf in leaves], own, places))
   flat_new, treedef = jax.tree.flatten(new)
   likes = zip(*(jax.tree.leaves(old) for old in stored), strict=True)
   parts = [joint.cut(x, like) for x, like in zip(flat_new, likes, strict=True)]
@@ -207,7 +209,7 @@ def step(
   ]
 
 
-def _firsts(shape: tuple[int, ...]) -> np.ndarray:
+def firsts(shape: tuple[int, ...]) -> np.ndarray:
   """The place of each block's first element, uint32 [blocks]."""
   rows, n = rows_of(shape)
   return (np.arange(rows)[:, None] * n + np.arange(0, n, BLOCK)).reshape(-1).astype(np.uint32)
@@ -216,7 +218,7 @@ def _firsts(shape: tuple[int, ...]) -> np.ndarray:
 def _first_in_whole(leaf, index, window: Window | None):
   """Likewise, in the whole that a leaf is a part of."""
   shape = leaf.gradient.shape
-  first = _firsts(shape)
+  first = firsts(shape)
   if index is not None:
     window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
     window = Window((index, *window.start[1:]), window.shape)
@@ -224,7 +226,7 @@ def _first_in_whole(leaf, index, window: Window | None):
   return first if window is None else whole_place(jnp.asarray(first), shape, window)
 
 
-def draws(joint: Joint, shapes, streams, own_streams=None, firsts=None) -> Draws:
+def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws:
   """The blocks' streams and places.
 
   Args:
@@ -232,7 +234,7 @@ def draws(joint: Joint, shapes, streams, own_streams=None, firsts=None) -> Draws
     shapes: theirs.
     streams: the two words of each array's stream.
     own_streams: likewise of their statistics, or None.
-    firsts: the place of each block's first element, if it is not its place in the array.
+    places: as `step` takes them.
 
   Returns:
     The `Draws`.
@@ -245,9 +247,9 @@ def draws(joint: Joint, shapes, streams, own_streams=None, firsts=None) -> Draws
     return table[:, :1], table[:, 1:]
 
   zeros = np.zeros(joint.spare, np.uint32)
-  firsts = list(map(_firsts, shapes)) if firsts is None else firsts
-  is_constant = all(isinstance(x, np.ndarray) for x in firsts)
-  first = (np if is_constant else jnp).concatenate([*firsts, zeros])
+  places = list(map(firsts, shapes)) if places is None else places
+  is_constant = all(isinstance(x, np.ndarray) for x in places)
+  first = (np if is_constant else jnp).concatenate([*places, zeros])
   lengths = []
   for rows, n in map(rows_of, shapes):
     lengths.append(np.tile(np.minimum(n - np.arange(0, n, BLOCK), BLOCK), rows))

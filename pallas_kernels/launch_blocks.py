@@ -48,6 +48,12 @@ def takes_blocks(shape: tuple[int, ...]) -> bool:
   return is_even and 0 < n <= MAX_SIZE
 
 
+def takes_rectangle(rows: int, n: int) -> bool:
+  """Whether `rectangle` takes arrays [rows, n]: little is left of tiles of 32 x 32."""
+  left = rows * n - rows // TILE_ROWS * TILE_ROWS * (n // BLOCK * BLOCK)
+  return _HAS_STORE and rows >= TILE_ROWS and left * 16 <= rows * n
+
+
 class BlockLeaf(NamedTuple):
   """The operands of `blockwise` that belong to one array.
 
@@ -141,6 +147,68 @@ def blockwise(
       unsafe_no_auto_barriers=min(group.rows for group in groups) >= 4
     ),
   )(*operands)
+
+
+def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], when):
+  """`blockwise` of an array whose rows end in a short block, but for what its tiles leave.
+
+  Args:
+    tile: as `blockwise` takes it.
+    leaf: arrays [rows, n] and scales [rows, blocks a row], of which the last
+      rows % 32 and the last n % 32 columns stay.
+    scalars: as `blockwise` takes them.
+    when: likewise.
+  """
+  rows, n = leaf.read.shape
+  across, vector = n // BLOCK, 8 if n % 8 == 0 else 1
+  layout = _block_layout(TILE_ROWS) if vector == 8 else _row_layout()
+  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
+  operands, treedef = jax.tree.flatten((numbers, flags, leaf))
+
+  def body(*refs):
+    number_refs, flag_refs, leaf = jax.tree.unflatten(treedef, refs)
+    program = jax.lax.axis_index("tile")
+    numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
+
+    def run():
+      first_row, block = program // across * TILE_ROWS, program % across
+      here = pl.ds(first_row, TILE_ROWS), pl.ds(block * BLOCK, BLOCK)
+      row, column = (
+        plgpu.broadcasted_iota(jnp.uint32, (TILE_ROWS, BLOCK), axis, layout=layout)
+        for axis in (0, 1)
+      )
+      place = (row + first_row.astype(jnp.uint32)) * jnp.uint32(n)
+      place = place + (column + (block * BLOCK).astype(jnp.uint32))
+      words = leaf.key[0], leaf.key[1]
+      bits = lambda lane: element_bits(words, place, lane=lane)
+      load = lambda ref: plgpu.load(ref.at[here], layout=layout, optimized=False)
+      of_scales = [ref.at[here[0], block] for ref in leaf.scale_refs]
+      scales = [plgpu.load(x, layout=layout.reduce(1), optimized=False) for x in of_scales]
+      values = list(map(load, leaf.refs))
+      values, scales = tile(bits, None, numbers, load(leaf.read), values, scales)
+      for ref, value in zip(leaf.refs, values, strict=True):
+        plgpu.store(ref.at[here], value, optimized=False)
+      for ref, scale in zip(of_scales, scales, strict=True):
+        plgpu.store(ref, scale, optimized=False)
+
+    if flag_refs:
+      pl.when(flag_refs[0][0] != 0)(run)
+    else:
+      run()
+
+  plgpu.kernel(
+    body,
+    grid=(rows // TILE_ROWS * across,),
+    grid_names=("tile",),
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+  )(*operands)
+
+
+def _row_layout():
+  """A tile of 32 blocks, each over the lanes of a warp: rows need no alignment."""
+  tiling = plgpu.Tiling(((TILE_ROWS, BLOCK), (TILE_ROWS // 4, BLOCK), (1,)))
+  return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-2,), vector_dim=-1)
 
 
 def _in_whole(start_ref, part):

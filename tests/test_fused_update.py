@@ -1,6 +1,7 @@
 """fused_update: kernel, chunks and plain XLA agree; what is skipped stays; what runs where."""
 
 import functools
+import math
 
 from conftest import assert_trees_equal
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 import optax_lowmem as lowmem
 import pallas_kernels
-from pallas_kernels import chunked, launch_blocks, state_formats
+from pallas_kernels import chunked, fused_programs, launch_blocks, state_formats
 from pallas_kernels.by_device import by_device
 from pallas_kernels.fused_programs import Leaf, _bound, _xla, _xla_in_stack
 from pallas_kernels.fused_update import _hoisted, fused_update_leaves
@@ -111,6 +112,17 @@ SHAPES = [(32, 64), (64,), (96,), (992,), (2, 3, 5, 32), (37,), (5, 40), (), (0,
 def test_kernel_any_shape(shape):
   leaf = make_leaf(shape)
   assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
+
+
+@pytest.mark.skipif(not HAS_STORE, reason="JAX 0.11.2 stores whole tiles alone")
+@pytest.mark.parametrize("shape", [(65, 1001), (33, 1000), (2, 32, 545)], ids=str)
+def test_kernel_of_a_large_ragged_leaf(shape, monkeypatch):
+  """Tiles of 32 x 32 in place, and what they leave in another kernel; a skipped step."""
+  monkeypatch.setattr(fused_programs, "is_small", lambda shape: False)
+  leaf = make_leaf(shape)
+  assert launch_blocks.takes_rectangle(math.prod(shape[:-1]), shape[-1])
+  assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
+  assert_trees_equal(step([leaf], "mosaic_gpu", when=jnp.array(False))[0], leaf[1:4])
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
