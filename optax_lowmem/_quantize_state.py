@@ -228,19 +228,11 @@ def _zeros_of(x, known: Statistic | None, parameters, words):
   fmt, parameter = known.format, parameters[known.parameter]
   struct = state_formats.stored_struct(x.shape, fmt)
   if any(isinstance(a, jax.core.Tracer) for a in (x, parameter)):
-    return sharded.automatic(functools.partial(_traced_zeros, fmt=fmt), x, x)
+    return sharded.automatic(functools.partial(state_formats.zeros_like, fmt=fmt), x, x)
   if len(x.sharding.device_set) == 1:
     # From the host: nothing to compile for each shape.
     return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), x.sharding), struct)
   return _quantize(x, fmt, known.number, words, _block_scale(x, fmt) if fmt.has_scale else None)
-
-
-def _traced_zeros(x, fmt: StateFormat):
-  """Shardings are propagated from x before XLA sees that these are zeros, whatever x is."""
-  codes = jnp.where(x == x, 0, 0).astype(fmt.dtype)
-  if not fmt.has_scale:
-    return codes
-  return state_formats.Blocks(codes, state_formats.block_sums(codes).astype(jnp.bfloat16))
 
 
 def _widen(x):

@@ -184,7 +184,9 @@ def _chunk(
     if fmt.is_full_precision:
       new = low + update, None, new_statistics
     else:
-      new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, word, lands)
+      new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
+      if lands:
+        new_low, new_wide = _landed(low, *_keep((new_low, new_wide)), fmt)
       if delta is None or delta.dtype == jnp.uint8:
         new = new_low, packing.pack(new_wide, fmt), new_statistics
       else:
@@ -192,6 +194,16 @@ def _chunk(
   if when is not None:
     new = jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
   return _keep(new)
+
+
+def _landed(old_low, low, wide, fmt):
+  """The weight, and the residual of where its update lands: mostly of the very weight."""
+  if wide is None:
+    return low, None
+  old, new = arithmetic.widen(old_low), arithmetic.widen(low)
+  is_exact = jnp.all(old + arithmetic.landing_update(old_low, low) == new)
+  land = lambda: arithmetic.land_values(old_low, low, wide, fmt, jnp.float32)[1]
+  return low, jax.lax.cond(is_exact, lambda: wide, land)
 
 
 def _in_one_loop(low, wide, dtype):

@@ -181,7 +181,7 @@ def on_one_cpu(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, ind
 # Leaves of one size in a kernel: more of them are fewer launches, and seconds more to compile.
 MOST_IN_A_KERNEL = 4
 # Small leaves of more sizes than these are joined: each is a kernel of its own to compile.
-MOST_SIZES = 12
+MOST_SIZES = 24
 MOST_JOINED = 1 << 16  # blocks
 
 

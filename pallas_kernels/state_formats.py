@@ -150,10 +150,16 @@ def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
   return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
 
 
-def block_sums(x: jax.Array) -> jax.Array:
-  """The sum of each block, float32, where `Blocks` hold its scale."""
-  sum_K = jnp.sum(_in_blocks(x), axis=-1, dtype=jnp.float32)
-  return sum_K.reshape((*x.shape[:-1], -(-x.shape[-1] // BLOCK)) if x.shape else ())
+def zeros_like(x: jax.Array, fmt: StateFormat):
+  """What `quantize` stores of zeros, sharded as it would be, whatever x is."""
+  codes_KxB = _in_blocks(jnp.where(x == x, 0, 0).astype(fmt.dtype))
+  if not fmt.has_scale:
+    return _off_blocks(codes_KxB, x.shape)
+  # Shardings are propagated before XLA sees that these are zeros, too.
+  scale_K = jnp.sum(codes_KxB, axis=-1, dtype=jnp.float32)
+  codes_KxB = codes_KxB + scale_K[..., None].astype(fmt.dtype)
+  scale = scale_K.astype(jnp.bfloat16).reshape(stored_struct(x.shape, fmt).scale.shape)
+  return Blocks(_off_blocks(codes_KxB, x.shape), scale)
 
 
 def dequantize(stored, fmt: StateFormat) -> jax.Array:
@@ -220,7 +226,8 @@ def scale_code(magnitude, fmt: StateFormat):
   code = (magnitude + _U32(0xFFFF)) >> _U32(16)
   lowest = (math.frexp(lowest)[1] - 1 + arithmetic.F32_BIAS) << 7
   code = jnp.clip(code, _U32(lowest), _U32(0x7F7F))  # the largest finite value stays finite
-  code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, magnitude >> _U32(16))
+  # Infinity stands for NaN, too: what is no finite value of the block is none afterwards.
+  code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, _U32(arithmetic.F32_INF >> 16))
   return jnp.where(magnitude > _U32(0), code, _U32(0))
 
 

@@ -132,10 +132,11 @@ def test_optimizer_step_is_in_place(how, scaled):
   assert stats.alias_size_in_bytes >= n * (2 + 1 + 8)
 
 
-# Temporary bytes a value: of lowmem.step, a kernel that needs none; and of tx.update, where XLA
-# keeps copies of the scales and what it makes of them.
+# Temporary bytes a value: of lowmem.step, a kernel that needs none; and of tx.update, the same
+# kernel, which writes the new weights where the gradients were: a copy, as no gradient here is
+# donated. Where XLA makes the step, it keeps copies of the scales and what they are made of.
 OPTIMIZERS = {
-  "adamw": (lambda: lowmem.adamw(1e-3), 5.125, 0.001, 0.45),
+  "adamw": (lambda: lowmem.adamw(1e-3), 5.125, 0.001, 2.001),
   "clipped": (
     # XLA, which keeps the only leaf's clipped bfloat16 gradient: no gradient here is donated.
     lambda: optax.chain(optax.clip_by_global_norm(1.0), lowmem.adamw(1e-3)), 5.125, 2.45, 2.45
@@ -150,8 +151,8 @@ OPTIMIZERS = {
   "bf16 moments": (
     lambda: lowmem.adamw(1e-3, weights="bf16+16", mu="bf16", nu="bf16"), 8.0, 0.001, 0.001
   ),
-  "lion": (lambda: lowmem.lion(1e-3), 4.0625, 0.001, 0.23),
-  "momentum": (lambda: lowmem.sgd(0.1, momentum=0.9), 4.0625, 0.001, 0.23),
+  "lion": (lambda: lowmem.lion(1e-3), 4.0625, 0.001, 2.001),
+  "momentum": (lambda: lowmem.sgd(0.1, momentum=0.9), 4.0625, 0.001, 2.001),
 }  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def test_low_bit_optimizer(name, how):
   n = SHAPE[0] * SHAPE[1]
   assert stats.alias_size_in_bytes >= n * resident
   assert stats.temp_size_in_bytes <= n * temporary[how == "update"] + 8192
-  is_kernel = how == "step" and name not in ("bf16 moments", "clipped", "scaled and clipped")
+  by_xla = {"step": ("clipped",), "update": ("scaled",)}[how]
+  is_kernel = name not in ("bf16 moments", "scaled and clipped", *by_xla)
   assert compiled.as_text().count('"mosaic_gpu_v2"') == is_kernel
 
 
@@ -203,15 +205,36 @@ def test_step_kernel(name, shape, monkeypatch, capfd):
 
 
 def test_small_leaves_share_kernels():
-  """300 leaves of a ResNet's kind: far fewer launches than leaves, and next to no temporaries."""
+  """300 leaves of a ResNet's kind: fewer launches than leaves, and next to no temporaries."""
   shapes = [(3, 3, 64, 64), (64,), (64,), (1, 1, 64, 256), (256,), (256,)] * 50
   params32 = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   compiled = train_step(lowmem.adamw(1e-3), params32, "step")
   text, n = compiled.as_text(), sum(math.prod(shape) for shape in shapes)
   if hasattr(plgpu, "store"):
-    assert text.count('"mosaic_gpu_v2"') <= len(shapes) / 16 + 3
+    assert text.count('"mosaic_gpu_v2"') <= len(shapes) / 3
     assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * 5.125 * n
   assert compiled.memory_analysis().alias_size_in_bytes >= 5.125 * n
+
+
+def test_large_ragged_leaves():
+  """A kernel for tiles of 32 x 32 and one for what they leave, whose copies are small."""
+  for shape in ((5000, 5000), (768, 50257), (2048, 1000)):
+    params32 = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    compiled = train_step(lowmem.adamw(1e-3), params32, "step")
+    if hasattr(plgpu, "store"):
+      left = shape[0] * shape[1] - (shape[0] // 32) * (shape[1] // 32) * 1024
+      # Copies of the larger of two parts.
+      assert compiled.memory_analysis().temp_size_in_bytes < 24 * left + (1 << 18)
+      assert 2 <= compiled.as_text().count('"mosaic_gpu_v2"') <= 3
+    assert compiled.memory_analysis().alias_size_in_bytes >= 5.125 * shape[0] * shape[1]
+
+
+def test_small_ragged_leaves_are_joined():
+  """Sixteen shapes, one kernel."""
+  params32 = [jax.ShapeDtypeStruct((5 + i, 33 + 7 * i), jnp.float32) for i in range(16)]
+  compiled = train_step(lowmem.adamw(1e-3), params32, "step")
+  # The second holds shapes of whole blocks.
+  assert 1 <= compiled.as_text().count('"mosaic_gpu_v2"') <= 2
 
 
 def test_clipping_in_front_of_many_leaves():
