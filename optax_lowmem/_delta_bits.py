@@ -109,7 +109,8 @@ def delta_bits(
     session = _session.current(_session.InitSession)
     formats = _formats_for(weights, params, converting=session is not None)
     streams = _streams(seed, 0, formats.by_name)
-    residuals, masters, whole = {}, {}, {}
+    residuals, masters = {}, {}
+    whole: dict[DeltaFormat, dict[str, jax.Array]] = {}
     for name, leaf in _tree.named_leaves(params).items():
       fmt = formats.get(name)
       if fmt is None:

@@ -10,7 +10,7 @@ XLA copies the whole state if anything reads it after the first write.
 
 from collections.abc import Sequence
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +39,12 @@ def step(rule, formats, lands, leaves: Sequence, when, index=None, windows=None)
   small = [i for i, size in enumerate(sizes) if size < JOINED]
   if len(small) == 1:
     small = []
-  results = {}
+  results: dict[int, Any] = {}
   program = functools.partial(_step_joined, rule, formats, lands, when)
   for pool in joined.pools([sizes[i] for i in small], CHUNK):
     those = [small[i] for i in pool]
     of = lambda xs, those=those: [xs[i] for i in those]
-    results |= dict(
-      zip(those, joined.step(program, of(leaves), index, of(windows)), strict=True)
-    )
+    results |= dict(zip(those, joined.step(program, of(leaves), index, of(windows)), strict=True))
   for i in set(range(len(leaves))) - set(small):
     results[i] = _step_large(rule, formats, lands, leaves[i], when, index, windows[i])
   return [results[i] for i in range(len(leaves))]
@@ -55,7 +53,10 @@ def step(rule, formats, lands, leaves: Sequence, when, index=None, windows=None)
 def _step_joined(rule, formats, lands, when, leaf, draws):
   bits = draws.bits
   own_bits = bits if draws.own_words is None else draws.own_bits
-  return _chunk(rule, formats, lands, *leaf[:4], bits, own_bits, draws.valid, when)
+  gradient, low, delta, statistics = leaf[:4]
+  return _chunk(
+    rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, draws.valid, when
+  )
 
 
 def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
@@ -186,7 +187,8 @@ def _chunk(
     else:
       new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
       if lands:
-        new_low, new_wide = _landed(low, *_keep((new_low, new_wide)), fmt)
+        new_low, new_wide = _keep((new_low, new_wide))
+        new_wide = _landed(low, new_low, new_wide, fmt)
       if delta is None or delta.dtype == jnp.uint8:
         new = new_low, packing.pack(new_wide, fmt), new_statistics
       else:
@@ -197,13 +199,13 @@ def _chunk(
 
 
 def _landed(old_low, low, wide, fmt):
-  """The weight, and the residual of where its update lands: mostly of the very weight."""
+  """The residual of where an update lands: mostly of the very weight that it is to reach."""
   if wide is None:
-    return low, None
+    return None
   old, new = arithmetic.widen(old_low), arithmetic.widen(low)
   is_exact = jnp.all(old + arithmetic.landing_update(old_low, low) == new)
   land = lambda: arithmetic.land_values(old_low, low, wide, fmt, jnp.float32)[1]
-  return low, jax.lax.cond(is_exact, lambda: wide, land)
+  return jax.lax.cond(is_exact, lambda: wide, land)
 
 
 def _in_one_loop(low, wide, dtype):

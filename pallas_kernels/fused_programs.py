@@ -65,7 +65,7 @@ def _small_joined(program, alone, formats, leaves, index, windows, whole_tiles=1
   small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
   small = small if len(small) > 1 or whole_tiles > 1 else []
   sizes = [joined.blocks_in(leaves[i].gradient.shape) for i in small]
-  results = {}
+  results: dict[int, Any] = {}
   for pool in joined.pools(sizes, MOST_JOINED):
     those = [small[i] for i in pool]
     args = [leaves[i] for i in those], index, [windows[i] for i in those]
@@ -116,7 +116,9 @@ def _xla(
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
 
   def run(stored):
-    update, values = rule(gradient, master, list(map(state_formats.dequantize, stored, statistic_formats)))
+    update, values = rule(
+      gradient, master, list(map(state_formats.dequantize, stored, statistic_formats))
+    )
     if valid is not None:
       values = [jnp.where(valid, x, 0) for x in values]
     return update, values
@@ -242,9 +244,7 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
     for i in range(0, len(those), count):
       run(those[i : i + count])
 
-  for pool in joined.pools(
-    [joined.blocks_in(leaves[i].gradient.shape) for i in rest], MOST_JOINED
-  ):
+  for pool in joined.pools([joined.blocks_in(leaves[i].gradient.shape) for i in rest], MOST_JOINED):
     those = [rest[i] for i in pool]
     args = [leaves[i] for i in those], index, [windows[i] for i in those]
     found = joined.step(joined_kernel, *args, launch_blocks.TILE_ROWS)
@@ -253,7 +253,7 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
 
 
 def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
-  """A large leaf whose rows end in a short block: a kernel, and what it leaves, joined, after it."""
+  """A large leaf whose rows end in a short block: a kernel, and joined, what that leaves."""
   rows, n = joined.rows_of(leaf.gradient.shape)
   written = _operands(lands, leaf, None, row=n)
   launch_blocks.rectangle(tile, written, scalars, when)
@@ -302,8 +302,9 @@ def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, sca
   (low_T, *rest_T), scales_K = values_T, iter(scales_K)
   if lands:
     gradient_T, low_T = low_T, gradient_T
-  stored_T = rest_T[0] if fmt.residual_bits else None
-  delta_T = rest_T.pop(0).astype(jnp.int32) if fmt.residual_bits else None
+  delta_T, dtype = None, None
+  if fmt.residual_bits:
+    delta_T, dtype = rest_T[0].astype(jnp.int32), rest_T.pop(0).dtype
   master_T = arithmetic.merge_values(low_T, delta_T, fmt)
   old_T = [
     state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
@@ -316,7 +317,7 @@ def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, sca
   )
   if update_T is not None:
     low_T, delta_T = arithmetic.move_values(low_T, delta_T, update_T, fmt, bits(0), lands)
-  values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(stored_T.dtype)]
+  values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(dtype)]
   new_scales_K = []
   for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
     if valid is not None:
@@ -340,7 +341,7 @@ def _operands(
   if row != BLOCK:
     scales = [x.reshape(-1, -(-row // BLOCK)) for x in scales]
   refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
-  start, rows = None, ()
+  start, rows = None, tuple[jax.Array, ...]()
   if window is not None:
     start = jnp.stack([jnp.asarray(x, jnp.int32) for x in window.start])
   if draws is not None:

@@ -84,7 +84,7 @@ def split_leaves(xs, fmt: DeltaFormat, streams, merges: bool):
   """
   if any(map(sharded.has_explicit_axes, xs)):
     results = [split_stream(x, fmt, stream) for x, stream in zip(xs, streams, strict=True)]
-    return [(*parts, merge(*parts, fmt) if merges else None) for parts in results]
+    return [(low, delta, merge(low, delta, fmt) if merges else None) for low, delta in results]
   each = functools.partial(_xla_leaves, fmt, merges)
   together = functools.partial(_joined_leaves, fmt, merges)
   return by_device({"any": each, "cpu": together}, xs, streams)
