@@ -70,6 +70,7 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
   return low, delta[0] if delta else None
 
 
+@functools.partial(jax.jit, static_argnums=(1, 3))
 def split_leaves(xs, fmt: DeltaFormat, streams, merges: bool):
   """`split_stream` of several arrays, in one program, where small ones are joined.
 
