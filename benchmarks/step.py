@@ -27,7 +27,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -36,14 +35,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks import contenders, shapes, torch_peers
+from benchmarks import contenders, hlo, shapes, torch_peers
 import optax_lowmem as lowmem
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDS = 7
 GPU_SIZES = [10**6, 10**7, 10**8, 10**9]
 GPU_BYTES = 2e10  # moved at least between two looks at the clock, in at most 200 steps
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
 def nbytes(tree) -> int:
@@ -129,33 +127,6 @@ def cpu(parser) -> dict:
   return {**about, "tables": {"A step on the CPU": rows}}
 
 
-def count_launches(text: str) -> dict[str, int]:
-  """Operations of a compiled module that start something on the GPU, by kind."""
-  bodies: dict[str, list[str]] = {}
-  entry = name = ""
-  for line in text.splitlines():
-    if head := re.match(r"(ENTRY )?%?(\S+) .*\{$", line):
-      name = head[2]
-      bodies[name] = []
-      entry = name if head[1] else entry
-    elif line.startswith("  ") and name:
-      bodies[name].append(line)
-  counts: dict[str, int] = {"fusions": 0, "kernels": 0, "others": 0}
-  pending = [entry]
-  while pending:
-    for line in bodies[pending.pop()]:
-      operation = re.match(r"\s+(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\(", line)
-      if operation is None or operation[1] in FREE:
-        continue
-      inner = re.search(r"(?:to_apply|body)=%?([\w.-]+)", line)
-      if operation[1] in ("call", "while") and inner:  # `call` is a CUDA graph
-        pending.append(inner[1])
-        continue
-      kind = {"fusion": "fusions", "custom-call": "kernels"}.get(operation[1], "others")
-      counts[kind] += 1
-  return counts
-
-
 def gpu_compiler(parser):
   """The module `tests/h100.py`; exits with an error where its compiler is not installed."""
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -214,7 +185,7 @@ def h100_compile(parser) -> dict:
           "optimizer": contender.name,
           "temporaries / state": stats.temp_size_in_bytes / resident,
           "state not in place": 1 - stats.alias_size_in_bytes / resident,
-          **count_launches(done.as_text()),
+          **hlo.count_launches(done.as_text()),
         }
       )
       log(steps[-1])
