@@ -52,6 +52,12 @@ def count_launches(text: str) -> dict[str, int]:
   return counts
 
 
+def donated(text: str) -> list[tuple[int, int]]:
+  """Which result is written over which argument, by number."""
+  pairs = re.findall(r"\{(\d+)\}: \((\d+), \{\}", text.partition("\n")[0])
+  return [(int(result), int(argument)) for result, argument in pairs]
+
+
 def cost(text: str) -> dict[str, int]:
   """What there is to compile: distinct kernels, fusions, instructions.
 
