@@ -63,7 +63,7 @@ LIMITS: dict[tuple[str, str], tuple[float, float]] = {
   ("cpu", STEP): (10, 0),
   ("cpu", UPDATE): (15, 0),
   ("a100", STEP): (8, 0),
-  ("cpu", EAGER): (0, 5),
+  ("cpu", EAGER): (0, 5.0),
   ("h100", JITTED): (3, 0),
 }
 
