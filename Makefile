@@ -9,7 +9,7 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel bench-cpu bench-h100-compile bench-release-compile \
+.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel bench-cpu bench-h100-compile bench-compile bench-release-compile \
   bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
@@ -62,6 +62,10 @@ bench-cpu: .venv/demo.stamp  ## time and bytes of an optimizer step on this CPU,
 
 bench-h100-compile: .venv/test.stamp .venv/peers.stamp  ## compile for an H100: peak bytes of a training step, temporaries and launches (10 minutes)
 	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.step h100-compile
+
+bench-compile: .venv/test.stamp .venv/peers.stamp  ## what a step costs to compile, for a CPU, an H100 and an A100, in seconds and kernels; docs/compile.md (an hour; less: python -m benchmarks.compile --repeats 1)
+	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.compile
+	$(BIN)/python -m benchmarks.compile --plot docs/compile.png --markdown
 
 bench-release-compile: .venv/test.stamp .venv/peers.stamp  ## gradient release, compiled for an H100 and an L40S: peak memory by part, up to 8B parameters (3 minutes)
 	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.release h100-compile

@@ -1,6 +1,7 @@
 """What is stepped: leaf shapes of known models, and a transformer to train."""
 
 import math
+import random
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,44 @@ def resnet50() -> Shapes:
   return shapes | {"head.w": (channels, 1000), "head.b": (1000,)}
 
 
+def llama_unrolled(layers=32, width=512, kv=128, inner=1408, vocabulary=32000) -> Shapes:
+  """A narrow Llama's leaves, each layer's by themselves: grouped keys and values, three MLPs."""
+  shapes: Shapes = {"embed": (vocabulary, width), "head": (width, vocabulary), "norm": (width,)}
+  matrices = {
+    "q": (width, width),
+    "k": (width, kv),
+    "v": (width, kv),
+    "o": (width, width),
+    "gate": (width, inner),
+    "up": (width, inner),
+    "down": (inner, width),
+    "norm1": (width,),
+    "norm2": (width,),
+  }
+  for i in range(layers):
+    shapes |= {f"{i}.{name}": shape for name, shape in matrices.items()}
+  return shapes
+
+
+def forty_ragged(leaves=40, largest=300_000, longest=4000, seed=0) -> Shapes:
+  """As many different shapes of 1 to 4 axes; one last axis in eight is a multiple of 32."""
+  rng = random.Random(seed)
+  found: dict[tuple[int, ...], None] = {}
+  while len(found) < leaves:
+    shape: list[int] = []
+    axes = 1 + len(found) % 4
+    for axis in range(axes):
+      # Log-uniform, with room for axes of at least 3 behind it.
+      room = largest // math.prod(shape) // 3 ** (axes - axis - 1)
+      shape.append(round(math.exp(rng.uniform(math.log(3), math.log(min(room, longest))))))
+    if len(found) % 8 == 7:
+      shape[-1] = -(-shape[-1] // 32) * 32
+    elif shape[-1] % 32 == 0:
+      shape[-1] += 1
+    found[tuple(shape)] = None
+  return {f"{i:02}": shape for i, shape in enumerate(found)}
+
+
 LAYERS, WIDTH, HEAD, TOKENS = 16, 2048, 128, 256
 TRANSFORMER: Shapes = {
   "qkv": (LAYERS, WIDTH, 3 * WIDTH),
@@ -54,6 +93,7 @@ SETS: dict[str, Shapes] = {
   "GPT-2 124M": gpt2(),
   "ResNet-50": resnet50(),
   "one matrix, 50M": {"w": (6250, 8000)},
+  "ragged, 5000 x 5000": {"w": (5000, 5000)},
 }
 
 

@@ -1,11 +1,13 @@
 """Optimizer steps: their time on a CPU, their memory on an H100, their speed on a GPU.
 
-  python -m benchmarks.step cpu
+  python -m benchmarks.step cpu [--sets NAME ...]
   python -m benchmarks.step h100-compile
   python -m benchmarks.step gpu
 
 cpu: time of a jitted, donated step with gradients given, all contenders in turn
-within one process, as ratios to the first of their group; bytes that stay.
+within one process, as ratios to the first of their group, with the limits that
+are set for ours; the bandwidth that this is (gradients once, weights and state
+twice); CPU time a parameter; bytes that stay.
 
 h100-compile: compiled for an H100 that is not there (the `h100` extra): peak
 bytes a parameter of a training step of a 0.8B transformer, and what the
@@ -16,18 +18,19 @@ one process. The bytes are those of the gradients once (read), and those of
 weights and state twice (read and written). Dispatch from Python is in the
 times, which matters for small sizes.
 
-Each prints tables and writes `benchmarks/results/NAME.json`.
+Every contender donates its buffers in the order in which it returns them, see
+`check_in_place`. Each prints tables and writes `benchmarks/results/NAME.json`.
 """
 
 import argparse
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -36,14 +39,21 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks import contenders, shapes, torch_peers
+from benchmarks import contenders, hlo, shapes, torch_peers
 import optax_lowmem as lowmem
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDS = 7
+# Ratios to optax.adamw of the formats that are the default; (shapes, optimizer) -> at most.
+RATIO_LIMITS = {
+  ("one matrix, 50M", contenders.DEFAULT.name): 2.0,
+  ("ragged, 5000 x 5000", contenders.DEFAULT.name): 4.0,
+  ("GPT-2 124M", contenders.DEFAULT.name): 2.5,
+  ("GPT-2 124M", contenders.DEFAULT_UPDATE.name): 3.0,
+}
+TEMPORARIES_LIMIT = 0.5  # bytes a parameter, of the same
 GPU_SIZES = [10**6, 10**7, 10**8, 10**9]
 GPU_BYTES = 2e10  # moved at least between two looks at the clock, in at most 200 steps
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
 def nbytes(tree) -> int:
@@ -56,6 +66,29 @@ def log(x):
   print(x, file=sys.stderr, flush=True)
 
 
+def check_in_place(contender: contenders.Contender, compiled, resident: int):
+  """Raises where plain Optax is slower than it need be: copies, from mispaired donation.
+
+  JAX pairs donated buffers of one shape and dtype with results in order. A step
+  that takes (state, params) and returns (params, state) would write new weights
+  over mu, through copies, which makes fp32 Adam 3 to 4 times slower than it is.
+
+  Args:
+    contender: whose step was compiled, with its params and state donated.
+    compiled: the step, which keeps its arguments.
+    resident: bytes of params and state.
+  """
+  if contender.most_temporaries is None:
+    return  # what it needs is in the tables
+  stats = compiled.memory_analysis()
+  for result, argument in hlo.donated(compiled.as_text()):
+    assert result == argument, f"{contender.name}: result {result} goes over argument {argument}"
+  missing = resident - stats.alias_size_in_bytes
+  assert missing == 0, f"{contender.name}: {missing} bytes of the state are not in place"
+  temporaries = stats.temp_size_in_bytes / resident
+  assert temporaries <= contender.most_temporaries, f"{contender.name}: temporaries {temporaries}"
+
+
 class Run:
   """A contender with its arrays, to be stepped."""
 
@@ -63,12 +96,13 @@ class Run:
     # Not jitted: XLA would fold the stored zeros of int8 statistics, for minutes.
     self.params, self.state = contender.init(shapes.normal(leaf_shapes))
     self.grads = grads
-    # Donated in the order of the outputs: JAX pairs buffers of one shape and dtype in order, and
-    # (state, params) would write new weights over mu, at the cost of copies (4x for fp32 Adam).
-    step = jax.jit(lambda p, s, g: contender.step(g, s, p), donate_argnums=(0, 1))
+    # Weights that are written only (a master's copies) are donated as well.
+    step = jax.jit(lambda p, s, g: contender.step(g, s, p), donate_argnums=(0, 1), keep_unused=True)
     self.step = step.lower(self.params, self.state, grads).compile()
     self.temporaries = self.step.memory_analysis().temp_size_in_bytes
     self.bytes = nbytes((self.params, self.state))
+    check_in_place(contender, self.step, self.bytes)
+    self.moved = nbytes(grads) + 2 * self.bytes
     table = lowmem.memory_table(self.params, self.state)
     if contender.is_ours:  # counted in two ways
       assert table.total == self.bytes
@@ -89,12 +123,26 @@ def seconds(run, repeats: int = 1) -> float:
   return (time.perf_counter() - start) / repeats
 
 
-def cpu(parser) -> dict:
+def both_seconds(run) -> tuple[float, float]:
+  """Time of one call, and CPU time of all its threads."""
+  start = time.process_time()
+  wall = seconds(run)
+  return wall, time.process_time() - start
+
+
+def verdict(value: float, limit: float | None) -> str:
+  """How a figure stands to its limit."""
+  return "" if limit is None else f"{'pass' if value <= limit else 'miss'} (<= {limit})"
+
+
+def cpu(parser, sets) -> dict:
   """Times on the CPU, and bytes."""
   del parser
   jax.config.update("jax_platforms", "cpu")
   rows, load = [], [os.getloadavg()[0]]
-  for set_name, leaf_shapes in shapes.SETS.items():
+  for set_name in sets:
+    leaf_shapes = shapes.SETS[set_name]
+    count = shapes.count(leaf_shapes)
     for group in contenders.CPU.values():
       grads = {
         dtype: shapes.normal(leaf_shapes, dtype, seed=1, scale=1.0)
@@ -107,18 +155,26 @@ def cpu(parser) -> dict:
         log(f"{set_name}: {contender.name}: warm")
       for _ in range(ROUNDS):
         for run, values in zip(runs, times, strict=True):
-          values.append(seconds(run))
+          values.append(both_seconds(run))
+      base = [wall for wall, _ in times[0]]
       for contender, run, values in zip(group, runs, times, strict=True):
+        walls = [wall for wall, _ in values]
+        ratio, temporaries = min(walls) / min(base), run.temporaries / count
+        is_default = contender in (contenders.DEFAULT, contenders.DEFAULT_UPDATE)
         rows.append(
           {
             "shapes": set_name,
             "optimizer": contender.name,
-            "bytes/param": run.bytes / shapes.count(leaf_shapes),
-            "temporary bytes/param": run.temporaries / shapes.count(leaf_shapes),
-            "ms, min": min(values) * 1e3,
-            "ms, median": statistics.median(values) * 1e3,
-            "ratio of min": min(values) / min(times[0]),
-            "ratio of median": statistics.median(values) / statistics.median(times[0]),
+            "bytes/param": run.bytes / count,
+            "temporary bytes/param": temporaries,
+            "ms, min": min(walls) * 1e3,
+            "ms, median": statistics.median(walls) * 1e3,
+            "GB/s": run.moved / min(walls) / 1e9,
+            "CPU ns/param": min(values)[1] / count * 1e9,  # of the fastest call
+            "ratio of min": ratio,
+            "ratio of median": statistics.median(walls) / statistics.median(base),
+            "ratio's limit": verdict(ratio, RATIO_LIMITS.get((set_name, contender.name))),
+            "temporaries' limit": verdict(temporaries, TEMPORARIES_LIMIT if is_default else None),
             "parts": run.parts,
           }
         )
@@ -126,34 +182,9 @@ def cpu(parser) -> dict:
       del runs, run, grads
       gc.collect()
   about = dict(device=platform.machine() + " CPU", cores=os.cpu_count(), load=load, rounds=ROUNDS)
-  return {**about, "tables": {"A step on the CPU": rows}}
-
-
-def count_launches(text: str) -> dict[str, int]:
-  """Operations of a compiled module that start something on the GPU, by kind."""
-  bodies: dict[str, list[str]] = {}
-  entry = name = ""
-  for line in text.splitlines():
-    if head := re.match(r"(ENTRY )?%?(\S+) .*\{$", line):
-      name = head[2]
-      bodies[name] = []
-      entry = name if head[1] else entry
-    elif line.startswith("  ") and name:
-      bodies[name].append(line)
-  counts: dict[str, int] = {"fusions": 0, "kernels": 0, "others": 0}
-  pending = [entry]
-  while pending:
-    for line in bodies[pending.pop()]:
-      operation = re.match(r"\s+(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\(", line)
-      if operation is None or operation[1] in FREE:
-        continue
-      inner = re.search(r"(?:to_apply|body)=%?([\w.-]+)", line)
-      if operation[1] in ("call", "while") and inner:  # `call` is a CUDA graph
-        pending.append(inner[1])
-        continue
-      kind = {"fusion": "fusions", "custom-call": "kernels"}.get(operation[1], "others")
-      counts[kind] += 1
-  return counts
+  # Those peers are for a GPU; on a CPU they are only said to be absent or left out.
+  why = "measured on a GPU only" if importlib.util.find_spec("torch") else "not installed"
+  return {**about, "tables": {"A step on the CPU": rows}, "absent": {"PyTorch": why}}
 
 
 def gpu_compiler(parser):
@@ -168,8 +199,9 @@ def gpu_compiler(parser):
   return h100
 
 
-def h100_compile(parser) -> dict:
+def h100_compile(parser, sets) -> dict:
   """Memory and launches, compiled for an H100."""
+  del sets
   h100 = gpu_compiler(parser)
   (device,) = h100.sharding().device_set
   peer = contenders.flashoptim_jax()
@@ -207,6 +239,7 @@ def h100_compile(parser) -> dict:
       f = lambda params, state, grads, step=contender.step: step(grads, state, params)
       done, resident = compiled(contender, leaf_shapes, f, grads)
       stats = done.memory_analysis()
+      check_in_place(contender, done, resident)
       steps.append(
         {
           "shapes": name,
@@ -214,7 +247,7 @@ def h100_compile(parser) -> dict:
           "optimizer": contender.name,
           "temporaries / state": stats.temp_size_in_bytes / resident,
           "state not in place": 1 - stats.alias_size_in_bytes / resident,
-          **count_launches(done.as_text()),
+          **hlo.count_launches(done.as_text()),
         }
       )
       log(steps[-1])
@@ -226,8 +259,9 @@ def h100_compile(parser) -> dict:
   }
 
 
-def gpu(parser) -> dict:
+def gpu(parser, sets) -> dict:
   """Steps against copies of the same bytes, on a GPU."""
+  del sets
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves room for PyTorch
   try:
     device = jax.devices("gpu")[0]
@@ -262,10 +296,9 @@ def prepare_jax(contender, leaf_shapes):
   """(step, copy, bytes that a step reads and writes, bytes that stay)."""
   grads = shapes.normal(leaf_shapes, contender.dtype, seed=1, scale=1.0)
   run = Run(contender, leaf_shapes, grads)
-  moved = nbytes(run.grads) + 2 * run.bytes
-  source = jnp.zeros(moved // 8, jnp.float32)
+  source = jnp.zeros(run.moved // 8, jnp.float32)
   copy = jax.jit(jnp.copy)
-  return run, lambda: copy(source), moved, run.bytes
+  return run, lambda: copy(source), run.moved, run.bytes
 
 
 def attempt(size: int, name: str, prepare, seconds) -> dict:
@@ -316,9 +349,12 @@ def main():
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("command", choices=COMMANDS)
+  parser.add_argument("--sets", nargs="+", choices=shapes.SETS, default=list(shapes.SETS))
   parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
   args = parser.parse_args()
-  report(lambda: COMMANDS[args.command](parser), args.command.replace("-", "_"), args.out)
+  report(
+    lambda: COMMANDS[args.command](parser, args.sets), args.command.replace("-", "_"), args.out
+  )
 
 
 def report(run, name: str, out: pathlib.Path | None = None):
