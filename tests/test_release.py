@@ -153,7 +153,7 @@ def test_law_15_formats(fmt, moments):
 
 def test_it_is_released():
   """No gradient of the whole model: compiled, the temporaries are a small part of one."""
-  width, count = 256, 16
+  width, count = 256, 32
   params = {"layers": {"w": 0.1 * jax.random.normal(jax.random.key(0), (count, width, width))}}
   loss = lambda layers, x: jnp.mean(
     layers["layers"].scan(lambda w, x: jnp.tanh(x @ w["w"]), x) ** 2
