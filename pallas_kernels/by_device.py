@@ -48,7 +48,8 @@ def by_device(
   flat, treedef = jax.tree.flatten(args)
   # Types, with whatever they carry besides shape and dtype (shardings, varying mesh axes).
   if like is not None and all(map(_is_plain, map(jax.typeof, flat))):
-    struct, types = like, [jax.typeof(x) for x in jax.tree.leaves(like)]
+    struct = like
+    types = [jax.typeof(x).update(weak_type=False) for x in jax.tree.leaves(like)]
   else:
     jaxpr, struct = jax.make_jaxpr(programs["any"], return_shape=True)(*args)
     types = jaxpr.out_avals
