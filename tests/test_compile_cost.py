@@ -29,7 +29,7 @@ LIMITS = {
     ("cpu", "gpt2", "step"): Limit(kernels=156, instructions=133),
     ("cpu", "gpt2", "update"): Limit(kernels=156, instructions=187),
     ("cpu", "ragged", "step"): Limit(kernels=100, instructions=296),
-    ("cpu", "ragged", "update"): Limit(kernels=101, instructions=369),
+    ("cpu", "ragged", "update"): Limit(kernels=115, instructions=450),
     ("a100", "gpt2", "step"): Limit(kernels=51, instructions=105),
     ("a100", "gpt2", "update"): Limit(kernels=49, instructions=132),
     ("a100", "ragged", "step"): Limit(kernels=48, instructions=363),
