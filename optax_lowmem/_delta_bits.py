@@ -121,8 +121,10 @@ def delta_bits(
         residuals[name] = _zeros(leaf, fmt)
         masters[name] = arithmetic.widen(leaf)
     for fmt, leaves in whole.items():
-      words = [streams[name] for name in leaves]
-      parts = split_leaves(list(leaves.values()), fmt, words, merges=not starts_at_zero)
+      pairs = [(leaf, streams[name]) for name, leaf in leaves.items()]
+      # All in one program, unless the caller takes the program apart.
+      runs = [[pair] for pair in pairs] if _session.is_leaf_by_leaf() else [pairs]
+      parts = [x for run in runs for x in split_leaves(*_columns(run, fmt), not starts_at_zero)]
       for name, (low, residuals[name], master) in zip(leaves, parts, strict=True):
         session.convert(name, low)
         # A state of zeros is one whatever the weights are.
@@ -211,6 +213,12 @@ def _land(low, new_low, residual, fmt: DeltaFormat, dtype):
     return update, packing.pack(delta, fmt)
 
   return sharded.automatic(land, low, low, new_low, residual)
+
+
+def _columns(pairs, fmt):
+  """(leaf, words) pairs as the first arguments of `split_leaves`."""
+  leaves, words = zip(*pairs, strict=True)
+  return list(leaves), fmt, list(words)
 
 
 def _check_update_dtype(update_dtype):

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
-from optax_lowmem import _api, _tree
+from optax_lowmem import _api, _session, _tree
 from pallas_kernels import hoist, sharded
 from pallas_kernels.merge import merge
 
@@ -173,7 +173,8 @@ def _init_by_leaf(init: Callable, structs, read: Callable):
   Traced once; then, for each leaf, the part of the program that its results
   need is run, compiled once for leaves of one shape and format.
   """
-  closed, out = jax.make_jaxpr(init, return_shape=True)(structs)
+  with _session.leaf_by_leaf():
+    closed, out = jax.make_jaxpr(init, return_shape=True)(structs)
   jaxpr = closed.jaxpr
   leaves = jax.tree.leaves(structs)
   number = {var: i for i, var in enumerate(jaxpr.invars)}

@@ -121,6 +121,24 @@ def held_names() -> frozenset[str] | None:
   return _held.get()
 
 
+_apart: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_apart", default=False)
+
+
+@contextlib.contextmanager
+def leaf_by_leaf():
+  """Tells the members called inside to compute no two parameters in one operation."""
+  token = _apart.set(True)
+  try:
+    yield
+  finally:
+    _apart.reset(token)
+
+
+def is_leaf_by_leaf() -> bool:
+  """Whether a call is inside `leaf_by_leaf`."""
+  return _apart.get()
+
+
 class Landed:
   """A leaf of `updates` inside `step`: the new weight, no update to add."""
 
