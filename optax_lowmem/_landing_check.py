@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem import _session, _tree, _updates_flow
+from optax_lowmem._formats import Formats
 
 _is_checking: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_check", default=False)
 # So that no jitted function which is traced here is taken from JAX's cache in a real step.
@@ -66,6 +67,8 @@ def check(tx, params, opt_state, kind: type, *, for_step: bool):
   """
   params, opt_state = nnx.as_pure(params), nnx.as_pure(opt_state)
   states = list(_tree.find_states(opt_state, kind))
+  if not all(isinstance(state.formats, Formats) for state in states):
+    return  # `optax.tree.map_params` asks for the state of a placeholder
   weights = _tree.named_leaves(params)
   for state in states:
     for name, _ in state.formats.table:
