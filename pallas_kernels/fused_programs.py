@@ -59,17 +59,17 @@ def on_xla(
   return _small_joined(program, alone, formats, leaves, index, windows)
 
 
-def _small_joined(program, alone, formats, leaves, index, windows, whole_tiles=1):
+def _small_joined(program, alone, formats, leaves, index, windows):
   """Calls alone(leaf, window) for large leaves, and program(leaf, draws) for small ones joined."""
   small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
   small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
-  small = small if len(small) > 1 or whole_tiles > 1 else []
+  small = small if len(small) > 1 else []
   sizes = [joined.blocks_in(leaves[i].gradient.shape) for i in small]
   results: dict[int, Any] = {}
   for pool in joined.pools(sizes, MOST_JOINED):
     those = [small[i] for i in pool]
     args = [leaves[i] for i in those], index, [windows[i] for i in those]
-    results |= dict(zip(those, joined.step(program, *args, whole_tiles), strict=True))
+    results |= dict(zip(those, joined.step(program, *args), strict=True))
   for i in set(range(len(leaves))) - set(small):
     results[i] = alone(leaves[i], windows[i])
   return [results[i] for i in range(len(leaves))]
@@ -258,8 +258,7 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   written = _operands(lands, leaf, None, row=n)
   launch_blocks.rectangle(tile, written, scalars, when)
   whole_rows, whole_columns = (x // BLOCK * BLOCK for x in (rows, n))
-  column = np.arange(whole_columns, n).astype(np.uint32)[:1]
-  right = np.arange(whole_rows, dtype=np.uint32) * np.uint32(n) + column
+  right = np.arange(whole_rows, dtype=np.uint32) * np.uint32(n) + np.uint32(whole_columns)
   parts = [(slice(0, whole_rows), whole_columns, right)]
   if rows > whole_rows:
     below = joined.firsts((rows - whole_rows, n)) + np.uint32(whole_rows * n)
