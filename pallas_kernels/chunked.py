@@ -21,7 +21,7 @@ from pallas_kernels.state_formats import BLOCK, Blocks
 
 _U32 = jnp.uint32
 _keep = jax.lax.optimization_barrier
-CHUNK = 12_500  # blocks, 400,000 values; half and twice as many are alike
+CHUNK = 6_250  # blocks, 200,000 values; half and twice as many are alike
 # A leaf of fewer blocks is joined with others: half a second to compile for one whose step
 # takes a millisecond.
 JOINED = 1 << 13
@@ -109,7 +109,11 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
     if n % BLOCK:
       valid = jnp.broadcast_to(column < n, (count, in_row, BLOCK)).reshape(-1, BLOCK)
     fill = lambda x: joined.fill(x, n)
-    cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
+    cut_gradient, cut_state = cut(values, start), jax.tree.map(cut, flat)
+    if n % BLOCK:
+      cut_gradient, cut_state = _filled_up((cut_gradient, cut_state), n)
+      fill = lambda x: x.reshape(-1, BLOCK)
+    cut_low, cut_delta, cut_statistics = cut_state
     cut_delta = cut_delta if cut_delta is None else (
       cut_delta.reshape(count * in_row, -1) if is_packed else fill(cut_delta)
     )  # fmt: skip
@@ -122,9 +126,11 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
     if own is not None:
       own_bits = lambda lane: element_bits((own[0], own[1]), places, lane=lane)
     new = _chunk(
-      rule, formats, lands, fill(cut(values, start)), fill(cut_low), cut_delta, cut_statistics,
+      rule, formats, lands, fill(cut_gradient), fill(cut_low), cut_delta, cut_statistics,
       bits, own_bits, valid, when,
     )  # fmt: skip
+    if n % BLOCK:
+      new = _keep(new)
 
     def put(x, y):
       if x.shape[-1] == n and y.shape[-1] == BLOCK:
@@ -141,7 +147,9 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   whole = rows // size
   carry = flat, landed
   if whole > 1:
-    carry = jax.lax.fori_loop(0, whole, lambda i, carry: at(i * size, size, carry), carry)
+    carry = jax.lax.fori_loop(
+      0, whole, lambda i, carry: at(_in_threads(i) * size, size, carry), carry
+    )
   else:
     carry = at(0, size, carry)
   if rest:
@@ -149,6 +157,29 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   flat, landed = carry
   low, delta, statistics = jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
   return low if landed is None else landed.reshape(shape), delta, statistics
+
+
+def _filled_up(xs, n: int):
+  """Rows of n values, filled up to whole blocks: once, as a row's end is costly to find."""
+
+  def fill(x):
+    if x.shape[-1] != n:
+      return x
+    # Not a pad, which XLA:CPU computes value by value, nor what XLA takes for one.
+    zeros = _keep(jnp.zeros((len(x), -(-n // BLOCK) * BLOCK), x.dtype))
+    return jax.lax.dynamic_update_slice(zeros, x, (0, 0))
+
+  return _keep(jax.tree.map(fill, xs))
+
+
+def _in_threads(i):
+  """A loop's counter, which keeps XLA:CPU from compiling the loop for one thread.
+
+  It compiles a loop as one function, which one thread runs, unless the loop holds an instruction
+  that is none there, like a sort:
+  https://github.com/openxla/xla/blob/main/xla/service/cpu/small_while_loop_hoisting_pass.cc
+  """
+  return jax.lax.sort(jnp.stack([i, i + 1]))[0]
 
 
 def _chunk(
@@ -164,38 +195,69 @@ def _chunk(
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
   old = [state_formats.dequantize(x, f) for x, f in zip(statistics, statistic_formats, strict=True)]
   update, values = rule(gradient, master, old)
-  if valid is not None:  # what fills a row up counts in no block's largest value
-    values = [jnp.where(valid, x, 0) for x in values]
-  new_statistics = []
-  for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
-    draw = statistic_bits(functools.partial(lane_bits, own_word), i)
-    if not f.has_scale:
-      new_statistics.append(state_formats.quantize(x, f, draw))
-      continue
-    x = jnp.sqrt(x) if f.is_square else x
-    # As floats: XLA:CPU has a vectorized maximum of those, which drops a NaN but no infinity.
-    x = _keep(jnp.where(x == x, x, jnp.inf))
-    largest = _keep(jnp.max(jnp.abs(x), axis=-1))
-    scale_code = state_formats.scale_code(state_formats.magnitude_bits(largest), f)
-    scale = _keep(arithmetic.low_of(scale_code, jnp.bfloat16))
-    codes = state_formats.encode(x, scale, f, draw)
-    new_statistics.append(Blocks(codes, scale[:, None]))
-  new = low, delta, new_statistics
+  weight = low, delta
   if update is not None:
-    if fmt.is_full_precision:
-      new = low + update, None, new_statistics
+    weight = _weight(fmt, lands, low, wide, delta, update, word)
+  scales = []
+  for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
+    if valid is not None:  # what fills a row up counts in no block's largest value
+      x = jnp.where(valid, x, 0)
+    values[i] = _keep(jnp.sqrt(x) if f.has_scale and f.is_square else x)
+    if f.has_scale:
+      code = state_formats.scale_code(_largest(values[i]), f)
+      scales.append(arithmetic.low_of(code, jnp.bfloat16))
     else:
-      new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
-      if lands:
-        new_low, new_wide = _keep((new_low, new_wide))
-        new_wide = _landed(low, new_low, new_wide, fmt)
-      if delta is None or delta.dtype == jnp.uint8:
-        new = new_low, packing.pack(new_wide, fmt), new_statistics
-      else:
-        new = (*_in_one_loop(new_low, new_wide, delta.dtype), new_statistics)
-  if when is not None:
-    new = jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
-  return _keep(new)
+      scales.append(None)
+  # All that is read of the state is read by now; codes are computed as they are written.
+  weight, values, scales, own_word = _keep((weight, values, scales, own_word))
+  statistics_of = zip(values, scales, statistic_formats, strict=True)
+  new_statistics = []
+  for i, (x, scale, f) in enumerate(statistics_of):
+    draw = statistic_bits(functools.partial(lane_bits, own_word), i)
+    if f.has_scale:
+      codes = state_formats.encode(x, scale, f, draw)
+      new_statistics.append(Blocks(codes, scale[:, None]))
+    else:
+      new_statistics.append(state_formats.quantize(x, f, draw))
+  if update is None:
+    new = low, delta, new_statistics
+  else:
+    new = (*_stored(weight, fmt, delta), new_statistics)
+  if when is None:
+    return new
+  return _keep(jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics)))
+
+
+def _largest(x):
+  """The bit pattern of each block's largest magnitude, on which no maximum drops a NaN."""
+  # In two steps, of which the first works on whole vectors.
+  pattern = state_formats.magnitude_bits(x).astype(jnp.int32)
+  pattern = _keep(jnp.max(pattern.reshape(-1, 4, BLOCK // 4), axis=1))
+  return jnp.max(pattern, axis=-1).astype(_U32)
+
+
+def _weight(fmt, lands, low, wide, delta, update, word):
+  """The new weight and residual: as one word, which one loop computes, where they fit one."""
+  if fmt.is_full_precision:
+    return (low + update,)
+  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
+  if lands:
+    new_low, new_wide = _keep((new_low, new_wide))
+    new_wide = _landed(low, new_low, new_wide, fmt)
+  if delta is None or delta.dtype == jnp.uint8:
+    return new_low, packing.pack(new_wide, fmt)
+  return ((arithmetic.low_bits_of(new_low) << _U32(16)) | (new_wide.astype(_U32) & _U32(0xFFFF)),)
+
+
+def _stored(weight, fmt, delta):
+  """What `_weight` returned, as weight and residual."""
+  if fmt.is_full_precision:
+    return weight[0], None
+  if len(weight) == 2:
+    return weight
+  (word,) = weight
+  residual = jax.lax.bitcast_convert_type((word & _U32(0xFFFF)).astype(jnp.uint16), jnp.int16)
+  return arithmetic.low_of(word >> _U32(16), fmt.dtype), residual.astype(delta.dtype)
 
 
 def _landed(old_low, low, wide, fmt):
@@ -206,11 +268,3 @@ def _landed(old_low, low, wide, fmt):
   is_exact = jnp.all(old + arithmetic.landing_update(old_low, low) == new)
   land = lambda: arithmetic.land_values(old_low, low, wide, fmt, jnp.float32)[1]
   return jax.lax.cond(is_exact, lambda: wide, land)
-
-
-def _in_one_loop(low, wide, dtype):
-  """Weight and residual, which one loop computes as one word."""
-  word = (arithmetic.low_bits_of(low) << _U32(16)) | (wide.astype(_U32) & _U32(0xFFFF))
-  word = _keep(word)
-  delta = jax.lax.bitcast_convert_type((word & _U32(0xFFFF)).astype(jnp.uint16), jnp.int16)
-  return arithmetic.low_of(word >> _U32(16), low.dtype), delta.astype(dtype)

@@ -156,8 +156,8 @@ def _moved(fmt, lands, low, wide, update, bits):
   return new_low, packing.pack(new_wide, fmt)
 
 
-def _bound(rules, scalars, contracts: bool = False, products=None) -> Rule:
-  """The rule again, on arrays of some shapes; contracts and products are those of `hoist`'s rest.
+def _bound(rules, scalars, contracts: bool = False, products=None, keep=None) -> Rule:
+  """The rule again, on arrays of some shapes; the last three arguments are those of `hoist`'s rest.
 
   Its bits, and those of the weight that the update is added to, are the same in
   whatever program, or in whatever kernel, unless it contracts.
@@ -167,7 +167,7 @@ def _bound(rules, scalars, contracts: bool = False, products=None) -> Rule:
     shape = gradient.shape
     args = jax.tree.map(lambda x: x.reshape(shape or (1,)), (gradient, *others))
     rest = rules.get(shape or (1,)) or next(iter(rules.values()))
-    update, values = rest(scalars, *args, contracts=contracts, products=products)
+    update, values = rest(scalars, *args, contracts=contracts, products=products, keep=keep)
     if update is not None and not contracts and products is None:
       update = arithmetic.rounded(update)
     return jax.tree.map(lambda x: x.reshape(shape), (update, values))
@@ -177,7 +177,8 @@ def _bound(rules, scalars, contracts: bool = False, products=None) -> Rule:
 
 def on_one_cpu(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
   """The step as an XLA program for one CPU."""
-  return chunked.step(_bound(rules, scalars), formats, lands, leaves, when, index, windows)
+  rule = _bound(rules, scalars, keep=jax.lax.optimization_barrier)
+  return chunked.step(rule, formats, lands, leaves, when, index, windows)
 
 
 # Leaves of one size in a kernel: more of them are fewer launches, and seconds more to compile.

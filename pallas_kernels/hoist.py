@@ -42,10 +42,12 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
 
   Returns:
     The scalars, and a function `rest(scalars, *args, contracts=False,
-    products=None)` that closes over no tracer. A division by one of them is a
+    products=None, keep=None)` that closes over no tracer. A division by one of them is a
     multiplication by its reciprocal (an error of 1 ulp, for divisors up to
     2**126). With contracts, multiplications and additions may be contracted.
     A Mosaic GPU kernel gives products: which of the arrays may be products.
+    Results that the rest goes on with pass keep, a barrier, as soon as they are
+    computed.
     It takes arrays of another common shape, too, where `rest.takes_any_shape`.
 
   Raises:
@@ -100,7 +102,10 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
     if eqn.primitive.name not in _NO_PRODUCTS or _is_in(eqn.invars[-1], inverted)
   }
 
-  def rest(values, *args, contracts=False, products: Sequence[bool] | None = None):
+  results = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+  inner_results = results & {var for eqn in kept for var in eqn.invars if _is_in(var, results)}
+
+  def rest(values, *args, contracts=False, products: Sequence[bool] | None = None, keep=None):
     evaluate_one = evaluate
     if products is not None:
       given = {var for var, is_one in zip(jaxpr.invars, products, strict=True) if is_one}
@@ -121,6 +126,8 @@ def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
         env[eqn.outvars[0]] = read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
       else:
         evaluate_one(eqn, env)
+      if keep is not None:
+        env |= {var: keep(env[var]) for var in eqn.outvars if var in inner_results}
     return jax.tree.unflatten(jax.tree.structure(out), [read(env, x) for x in jaxpr.outvars])
 
   is_flat = not any(map(_calls, kept))
