@@ -54,9 +54,10 @@ def _step_joined(rule, formats, lands, when, leaf, draws):
   bits = draws.bits
   own_bits = bits if draws.own_words is None else draws.own_bits
   gradient, low, delta, statistics = leaf[:4]
-  return _chunk(
+  new = _chunk(
     rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, draws.valid, when
   )
+  return _keep(new)  # or codes are computed in as many kernels as leaves are cut off
 
 
 def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
@@ -240,10 +241,7 @@ def _weight(fmt, lands, low, wide, delta, update, word):
   """The new weight and residual: as one word, which one loop computes, where they fit one."""
   if fmt.is_full_precision:
     return (low + update,)
-  new_low, new_wide = arithmetic.apply_values(low, wide, update, fmt, word)
-  if lands:
-    new_low, new_wide = _keep((new_low, new_wide))
-    new_wide = _landed(low, new_low, new_wide, fmt)
+  new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, word, lands)
   if delta is None or delta.dtype == jnp.uint8:
     return new_low, packing.pack(new_wide, fmt)
   return ((arithmetic.low_bits_of(new_low) << _U32(16)) | (new_wide.astype(_U32) & _U32(0xFFFF)),)
@@ -258,13 +256,3 @@ def _stored(weight, fmt, delta):
   (word,) = weight
   residual = jax.lax.bitcast_convert_type((word & _U32(0xFFFF)).astype(jnp.uint16), jnp.int16)
   return arithmetic.low_of(word >> _U32(16), fmt.dtype), residual.astype(delta.dtype)
-
-
-def _landed(old_low, low, wide, fmt):
-  """The residual of where an update lands: mostly of the very weight that it is to reach."""
-  if wide is None:
-    return None
-  old, new = arithmetic.widen(old_low), arithmetic.widen(low)
-  is_exact = jnp.all(old + arithmetic.landing_update(old_low, low) == new)
-  land = lambda: arithmetic.land_values(old_low, low, wide, fmt, jnp.float32)[1]
-  return jax.lax.cond(is_exact, lambda: wide, land)
