@@ -32,7 +32,7 @@ def is_checking() -> bool:
 
 
 def mark(updates, state, params, update_dtype=jnp.float32):
-  """What a member with a `DeltaBitsState` does under `check`, in the place of its update.
+  """What a member with a `DeltaBitsState` does under `check` instead of its update.
 
   Args:
     updates: as the member gets them.
@@ -128,7 +128,7 @@ def _first_named(members) -> str:
 
 
 def _trace(tx, params, opt_state):
-  """The program of `tx.update` and the tree of its results, whatever it has to be given."""
+  """The program of `tx.update`, with whatever arguments it asks for, and its results' tree."""
   named: set[str] = set()
   # Gradients of the weights' dtype or float32; then what is no step's, but shows the way, too.
   attempts = [(False, False, False), (True, False, False), (True, False, True), (True, True, True)]

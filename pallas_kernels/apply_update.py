@@ -51,7 +51,7 @@ def apply_update(
 
 
 def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementation=None):
-  """`apply_update` with a stream's words (`stream_keys`) in the place of a key."""
+  """`apply_update` with a stream's words (`stream_keys`) instead of a key."""
   checks.residual(low, delta, fmt)
   if update.shape != low.shape:
     raise ValueError(f"The update has the weight's shape {low.shape}; got {update.shape}.")

@@ -9,7 +9,7 @@ from pallas_kernels.random_bits import key_words, stream_keys
 
 
 def float32_array(x, name: str) -> jax.Array:
-  """An array of x; what has a dtype has to be float32."""
+  """An array of x; one that has a dtype must be float32."""
   if getattr(x, "dtype", jnp.float32) != jnp.float32:
     raise TypeError(f"{name} is float32; got {x.dtype}{list(x.shape)}.")
   return jnp.asarray(x, jnp.float32)

@@ -2,9 +2,9 @@
 
 XLA:CPU computes every result in a loop of its own and either repeats what they
 share or writes it to memory. Here what they share is computed once a chunk,
-behind an optimization barrier, which XLA:CPU keeps (XLA:GPU does not). The
-results of a chunk pass a last barrier together, before any of them is written:
-XLA copies the whole state if anything reads it after the first write.
+behind an optimization barrier, which XLA:CPU keeps (XLA:GPU does not). What a
+chunk computes from the state passes a last barrier together, before any of it
+is written: XLA copies the whole state if anything reads it after the first write.
 `python -m benchmarks.step cpu` measures it.
 """
 
@@ -231,7 +231,7 @@ def _chunk(
 
 def _largest(x):
   """The bit pattern of each block's largest magnitude, on which no maximum drops a NaN."""
-  # In two steps, of which the first works on whole vectors.
+  # In two steps: the first works on whole vectors.
   pattern = state_formats.magnitude_bits(x).astype(jnp.int32)
   pattern = _keep(jnp.max(pattern.reshape(-1, 4, BLOCK // 4), axis=1))
   return jnp.max(pattern, axis=-1).astype(_U32)

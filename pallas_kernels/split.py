@@ -52,7 +52,7 @@ def split(
 
 
 def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
-  """`split` with a stream's words (`stream_keys`) in the place of a key."""
+  """`split` with a stream's words (`stream_keys`) instead of a key."""
   if fmt.is_full_precision:
     return x, None
   if launch.resolve(implementation, x, residual_bits=fmt.residual_bits) == "xla":
