@@ -109,17 +109,14 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
     valid = None
     if n % BLOCK:
       valid = jnp.broadcast_to(column < n, (count, in_row, BLOCK)).reshape(-1, BLOCK)
-    fill = lambda x: joined.fill(x, n)
-    cut_gradient, cut_state = cut(values, start), jax.tree.map(cut, flat)
-    if n % BLOCK:
-      cut_gradient, cut_state = _filled_up((cut_gradient, cut_state), n)
-      fill = lambda x: x.reshape(-1, BLOCK)
-    cut_low, cut_delta, cut_statistics = cut_state
+    cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
     cut_delta = cut_delta if cut_delta is None else (
-      cut_delta.reshape(count * in_row, -1) if is_packed else fill(cut_delta)
+      cut_delta.reshape(count * in_row, -1) if is_packed else _filled_up(cut_delta)
     )  # fmt: skip
     cut_statistics = [
-      Blocks(fill(x.codes), x.scale.reshape(-1, 1)) if isinstance(x, Blocks) else fill(x)
+      Blocks(_filled_up(x.codes), x.scale.reshape(-1, 1))
+      if isinstance(x, Blocks)
+      else _filled_up(x)
       for x in cut_statistics
     ]
     bits = lambda lane: element_bits((stream[0], stream[1]), places, lane=lane)
@@ -127,8 +124,8 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
     if own is not None:
       own_bits = lambda lane: element_bits((own[0], own[1]), places, lane=lane)
     new = _chunk(
-      rule, formats, lands, fill(cut_gradient), fill(cut_low), cut_delta, cut_statistics,
-      bits, own_bits, valid, when,
+      rule, formats, lands, _filled_up(cut(values, start)), _filled_up(cut_low), cut_delta,
+      cut_statistics, bits, own_bits, valid, when,
     )  # fmt: skip
     if n % BLOCK:
       new = _keep(new)
@@ -160,17 +157,14 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   return low if landed is None else landed.reshape(shape), delta, statistics
 
 
-def _filled_up(xs, n: int):
-  """Rows of n values, filled up to whole blocks: once, as a row's end is costly to find."""
-
-  def fill(x):
-    if x.shape[-1] != n:
-      return x
+def _filled_up(x):
+  """Rows -> [blocks, 32]: a short end is filled up once, as it is costly to find."""
+  rows, n = x.shape
+  if n % BLOCK:
     # Not a pad, which XLA:CPU computes value by value, nor what XLA takes for one.
-    zeros = _keep(jnp.zeros((len(x), -(-n // BLOCK) * BLOCK), x.dtype))
-    return jax.lax.dynamic_update_slice(zeros, x, (0, 0))
-
-  return _keep(jax.tree.map(fill, xs))
+    zeros = _keep(jnp.zeros((rows, -(-n // BLOCK) * BLOCK), x.dtype))
+    x = _keep(jax.lax.dynamic_update_slice(zeros, x, (0, 0)))
+  return x.reshape(-1, BLOCK)
 
 
 def _in_threads(i):
@@ -211,19 +205,15 @@ def _chunk(
       scales.append(None)
   # All that is read of the state is read by now; codes are computed as they are written.
   weight, values, scales, own_word = _keep((weight, values, scales, own_word))
-  statistics_of = zip(values, scales, statistic_formats, strict=True)
   new_statistics = []
-  for i, (x, scale, f) in enumerate(statistics_of):
+  for i, (x, scale, f) in enumerate(zip(values, scales, statistic_formats, strict=True)):
     draw = statistic_bits(functools.partial(lane_bits, own_word), i)
     if f.has_scale:
       codes = state_formats.encode(x, scale, f, draw)
       new_statistics.append(Blocks(codes, scale[:, None]))
     else:
       new_statistics.append(state_formats.quantize(x, f, draw))
-  if update is None:
-    new = low, delta, new_statistics
-  else:
-    new = (*_stored(weight, fmt, delta), new_statistics)
+  new = (*_stored(weight, fmt, delta), new_statistics)
   if when is None:
     return new
   return _keep(jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics)))
@@ -240,7 +230,7 @@ def _largest(x):
 def _weight(fmt, lands, low, wide, delta, update, word):
   """The new weight and residual: as one word, which one loop computes, where they fit one."""
   if fmt.is_full_precision:
-    return (low + update,)
+    return low + update, None
   new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, word, lands)
   if delta is None or delta.dtype == jnp.uint8:
     return new_low, packing.pack(new_wide, fmt)
@@ -249,8 +239,6 @@ def _weight(fmt, lands, low, wide, delta, update, word):
 
 def _stored(weight, fmt, delta):
   """What `_weight` returned, as weight and residual."""
-  if fmt.is_full_precision:
-    return weight[0], None
   if len(weight) == 2:
     return weight
   (word,) = weight

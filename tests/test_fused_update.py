@@ -151,6 +151,16 @@ def test_chunks(fmt, statistics, monkeypatch):
   assert_trees_equal(step([leaf], "xla", fmt, formats)[0], plain(leaf, fmt, formats))
 
 
+@pytest.mark.parametrize(
+  "shape, fmt", [((13, 1), "bf16+8"), ((13, 56), "bf16+7"), ((13, 50), "bf16+8")]
+)
+def test_chunks_of_short_rows(shape, fmt, monkeypatch):
+  """A row may be as long as its scales are (1), or its packed residual (56 bytes at 7 bits)."""
+  monkeypatch.setattr(chunked, "CHUNK", 5)
+  leaf = make_leaf(shape, fmt)
+  assert_trees_equal(step([leaf], None, fmt)[0], plain(leaf, fmt))
+
+
 def test_extreme_gradients():
   """Infinities, NaN, zeros and subnormals make a block what plain XLA makes of it."""
   leaf = make_leaf((64, 32), statistic_formats=INT8)
