@@ -23,7 +23,7 @@ from optax_lowmem._quantize_state import QuantizedState
 from pallas_kernels import DeltaFormat, launch
 from pallas_kernels.fused_programs import Leaf, is_small
 from pallas_kernels.fused_update import fused_update_leaves
-from pallas_kernels.launch_blocks import takes_blocks
+from pallas_kernels.launch_blocks import is_in_blocks
 from pallas_kernels.state_formats import Blocks, StateFormat
 
 # Statistic's name, its value and the gradient -> what `accumulate` makes of it.
@@ -366,7 +366,7 @@ def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]
   small: dict[tuple[_Kind, bool], list[str]] = {}
   for name, kind in kinds.items():
     if is_small(shapes[name]):
-      small.setdefault((kind, takes_blocks(shapes[name])), []).append(name)
+      small.setdefault((kind, is_in_blocks(shapes[name])), []).append(name)
     else:
       yield kind, [name]
   for (kind, _), names in small.items():

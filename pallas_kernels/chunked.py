@@ -10,7 +10,6 @@ is written: XLA copies the whole state if anything reads it after the first writ
 
 from collections.abc import Sequence
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +38,10 @@ def step(rule, formats, lands, leaves: Sequence, when, index=None, windows=None)
   small = [i for i, size in enumerate(sizes) if size < JOINED]
   if len(small) == 1:
     small = []
-  results: dict[int, Any] = {}
   program = functools.partial(_step_joined, rule, formats, lands, when)
-  for pool in joined.pools([sizes[i] for i in small], CHUNK):
-    those = [small[i] for i in pool]
-    of = lambda xs, those=those: [xs[i] for i in those]
-    results |= dict(zip(those, joined.step(program, of(leaves), index, of(windows)), strict=True))
+  of = lambda xs: [xs[i] for i in small]
+  found = joined.step_in_pools(program, of(leaves), index, of(windows), CHUNK, on_gpu=False)
+  results = dict(zip(small, found, strict=True))
   for i in set(range(len(leaves))) - set(small):
     results[i] = _step_large(rule, formats, lands, leaves[i], when, index, windows[i])
   return [results[i] for i in range(len(leaves))]

@@ -64,12 +64,9 @@ def _small_joined(program, alone, formats, leaves, index, windows):
   small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
   small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
   small = small if len(small) > 1 else []
-  sizes = [joined.blocks_in(leaves[i].gradient.shape) for i in small]
-  results: dict[int, Any] = {}
-  for pool in joined.pools(sizes, MOST_JOINED):
-    those = [small[i] for i in pool]
-    args = [leaves[i] for i in those], index, [windows[i] for i in those]
-    results |= dict(zip(those, joined.step(program, *args), strict=True))
+  of = lambda xs: [xs[i] for i in small]
+  found = joined.step_in_pools(program, of(leaves), index, of(windows), MOST_JOINED, on_gpu=True)
+  results = dict(zip(small, found, strict=True))
   for i in set(range(len(leaves))) - set(small):
     results[i] = alone(leaves[i], windows[i])
   return [results[i] for i in range(len(leaves))]
@@ -205,6 +202,7 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
   windows = windows or [None] * len(leaves)
   tile = functools.partial(_tile, rules, formats, lands)
   results: dict[int, Any] = {}
+  tiles = launch_blocks.TILE_ROWS
 
   @jax.jit  # groups of one kind are lowered once
   def kernel(scalars, group, of, when, index):
@@ -245,11 +243,11 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
     for i in range(0, len(those), count):
       run(those[i : i + count])
 
-  for pool in joined.pools([joined.blocks_in(leaves[i].gradient.shape) for i in rest], MOST_JOINED):
-    those = [rest[i] for i in pool]
-    args = [leaves[i] for i in those], index, [windows[i] for i in those]
-    found = joined.step(joined_kernel, *args, launch_blocks.TILE_ROWS)
-    results.update(zip(those, found, strict=True))
+  of = lambda xs: [xs[i] for i in rest]
+  found = joined.step_in_pools(
+    joined_kernel, of(leaves), index, of(windows), MOST_JOINED, on_gpu=True, whole_tiles=tiles
+  )
+  results.update(zip(rest, found, strict=True))
   return [results[i] for i in range(len(leaves))]
 
 
@@ -284,7 +282,9 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   blocks = max(-(-len(first) // tiles) * tiles for _, _, first in parts)
   for of_rows, start, first in parts:
     some = [cut(of_rows, start)]
-    ((low, delta, statistics),) = joined.step(joined_kernel, some, None, None, blocks, [first])
+    ((low, delta, statistics),) = joined.step(
+      joined_kernel, some, None, None, on_gpu=True, whole_tiles=blocks, places=[first]
+    )
     values = [low] if delta is None else [low, delta]
     values += [x.codes if isinstance(x, Blocks) else x for x in statistics]
     scales = [x.scale for x in statistics if isinstance(x, Blocks)]
@@ -295,7 +295,7 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   return _frozen(leaf, written)
 
 
-def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, scales_K):
+def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, values_T, scales_K):
   """The step of a tile of blocks in registers."""
   fmt, statistic_formats = formats
   # Weights that are to land stay; the new ones take the gradients' place.
@@ -307,7 +307,7 @@ def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, sca
     delta_T, dtype = rest_T[0].astype(jnp.int32), rest_T.pop(0).dtype
   master_T = arithmetic.merge_values(low_T, delta_T, fmt)
   old_T = [
-    state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f)
+    state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f, across)
     for x_T, f in zip(rest_T, statistic_formats, strict=True)
   ]
   # What is read by its bits is no product.
@@ -322,7 +322,7 @@ def _tile(rules, formats, lands, bits, valid, scalars, gradient_T, values_T, sca
   for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
     if valid is not None:
       x_T = jnp.where(valid, x_T, 0)
-    codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i))
+    codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i), across)
     values_T.append(codes_T)
     new_scales_K += [scale_K] if f.has_scale else []
   return values_T, new_scales_K

@@ -9,6 +9,7 @@ between them; the kernel holds a tile of blocks in registers and makes one.
 
 from collections.abc import Sequence
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -175,11 +176,12 @@ def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:
   Not for leaves that are replicated on a mesh with Explicit axes.
   """
   is_explicit = any(sharded.has_explicit_axes(leaf.low) for leaf in leaves)
-  if is_explicit or not all(map(launch_blocks.takes_blocks, (x.gradient.shape for x in leaves))):
+  if is_explicit or not all(map(launch_blocks.is_in_blocks, (x.gradient.shape for x in leaves))):
     return {}
 
   def program(scalars, leaves, when, index, windows):
-    takes_kernel = all(launch_blocks.takes_blocks(leaf.gradient.shape) for leaf in leaves)
+    shapes = ((leaf.gradient.shape, leaf.low.shape, False) for leaf in leaves)
+    takes_kernel = all(itertools.starmap(fused_programs.takes_kernel, shapes))
     run = fused_programs.as_kernel if takes_kernel else fused_programs.on_xla
     return run(rules, formats, lands, scalars, leaves, when, index, windows=windows)
 

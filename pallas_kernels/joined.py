@@ -6,6 +6,7 @@ bits: a block knows its leaf's stream and its place there.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def takes(x, low, fmt) -> bool:
   return is_in_blocks and 0 < math.prod(whole) < 1 << 32
 
 
-def pools(sizes: Sequence[int], most: int) -> list[list[int]]:
+def _pools(sizes: Sequence[int], most: int) -> list[list[int]]:
   """Cuts a list of leaves of these numbers of blocks into runs of at most `most` blocks."""
   result: list[list[int]] = [[]]
   total = 0
@@ -107,17 +108,30 @@ class Joint:
 
   Attributes:
     count: how many blocks there are.
+    counts: how many of them each array has.
+    spare: how many there are beyond.
   """
 
-  def __init__(self, shapes: Sequence[tuple[int, ...]], whole_tiles: int = 1):
-    """Blocks of zeros fill up the last of whole_tiles blocks."""
+  def __init__(self, shapes: Sequence[tuple[int, ...]], whole_tiles: int = 1, on_gpu: bool = False):
+    """Blocks of zeros fill up the last of whole_tiles blocks.
+
+    on_gpu says how arrays are cut off again, so that it is quick to compile: for XLA:GPU
+    as static slices of one dimension, for XLA:CPU as dynamic ones, of which those of equal
+    shapes are one kernel.
+    """
     self._shapes = list(shapes)
     self.counts = [blocks_in(shape) for shape in shapes]
     self.spare = -sum(self.counts) % whole_tiles
     self.count = sum(self.counts) + self.spare
-    # Behind a barrier, so that the copies of equal leaves are one kernel to a compiler.
     starts = list(itertools.accumulate(self.counts, initial=0))[:-1]
-    self._starts = jax.lax.optimization_barrier([jnp.int32(x) for x in starts])
+    # Behind a barrier, or each slice is a kernel of its own.
+    self._starts = None if on_gpu else jax.lax.optimization_barrier(list(map(jnp.int32, starts)))
+
+  def lengths(self) -> np.ndarray:
+    """How many values each array's blocks have, int32."""
+    pairs = map(rows_of, self._shapes)
+    of = [np.tile(np.minimum(n - np.arange(0, n, BLOCK), BLOCK), rows) for rows, n in pairs]
+    return np.concatenate(of).astype(np.int32)
 
   def values(self, xs) -> jax.Array:
     """Arrays of the shapes -> [blocks, 32]."""
@@ -136,12 +150,57 @@ class Joint:
 
   def cut(self, x: jax.Array, like: Sequence[Any]) -> list[jax.Array]:
     """[blocks, k] -> the parts, in the shapes of like."""
-    parts = zip(self._shapes, self.counts, self._starts, like, strict=True)
-    return [self._cut(x, *part) for part in parts]
+    if self._starts is None:
+      return self._cut_flat(x, like)
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, x)
+    parts = list(map(take, self._starts, self.counts))
+    return self._shaped(parts, like, is_filled=x.shape[1] == BLOCK)
 
-  def _cut(self, x, shape, count, start, like):
-    x = jax.lax.dynamic_slice_in_dim(x, start, count)
-    return cut_off(x, shape) if x.shape[1:] == (BLOCK,) else x.reshape(like.shape)
+  def _cut_flat(self, x: jax.Array, like: Sequence[Any]) -> list[jax.Array]:
+    is_filled, sizes = x.shape[1] == BLOCK, [count * x.shape[1] for count in self.counts]
+    if is_filled and any(n % BLOCK for _, n in map(rows_of, self._shapes)):
+      x, is_filled, sizes = self._without_filling(x), False, list(map(math.prod, self._shapes))
+    flat, starts = x.reshape(-1), itertools.accumulate(sizes[:-1], initial=0)
+    pairs = zip(starts, sizes, strict=True)
+    parts = [jax.lax.slice_in_dim(flat, start, start + size) for start, size in pairs]
+    return self._shaped(parts, like, is_filled)
+
+  def _shaped(self, parts, like, is_filled: bool):
+    if is_filled:
+      return list(map(cut_off, parts, self._shapes))
+    return [x.reshape(of.shape) for x, of in zip(parts, like, strict=True)]
+
+  def _without_filling(self, x: jax.Array) -> jax.Array:
+    """[blocks, 32] -> the arrays' values behind each other."""
+    starts = itertools.accumulate(map(math.prod, self._shapes[:-1]), initial=0)
+    pairs = zip(self._shapes, starts, strict=True)
+    places = np.concatenate([firsts(shape).astype(np.int32) + start for shape, start in pairs])
+    first = jnp.asarray(np.pad(places, (0, self.spare)))
+    length = jnp.asarray(np.pad(self.lengths(), (0, self.spare)))
+    size = sum(map(math.prod, self._shapes))
+    column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    # What is left out gets places beyond the end, one each.
+    beyond = jax.lax.iota(jnp.int32, len(x) * BLOCK).reshape(x.shape) + size
+    place = jnp.where(column < length[:, None], first[:, None] + column, beyond)
+    empty = jnp.zeros((size,), x.dtype)
+    return empty.at[place].set(x, mode="drop", unique_indices=True)
+
+
+def step_in_pools(program: Callable, leaves: Sequence[Any], index, windows, most: int, **options):
+  """`step` of as many leaves at a time as have at most `most` blocks.
+
+  With whole_tiles, each pool has as many blocks, so that they share a kernel.
+  """
+  counts = [blocks_in(leaf.gradient.shape) for leaf in leaves]
+  pools = _pools(counts, most)
+  if tiles := options.get("whole_tiles"):
+    largest = max((sum(counts[i] for i in pool) for pool in pools), default=0)
+    options["whole_tiles"] = -(-largest // tiles) * tiles
+  results = []
+  for pool in pools:
+    of = lambda xs, pool=pool: [xs[i] for i in pool]
+    results += step(program, of(leaves), index, of(windows), **options)
+  return results
 
 
 def step(
@@ -149,6 +208,8 @@ def step(
   leaves: Sequence[Any],
   index: jax.Array | None,
   windows: Sequence[Window | None] | None,
+  *,
+  on_gpu: bool,
   whole_tiles: int = 1,
   places: Sequence[np.ndarray] | None = None,
 ):
@@ -159,6 +220,7 @@ def step(
     leaves: `fused_programs.Leaf`s that `takes` is true of, with the same formats.
     index: the place of each leaf in a stack, or None.
     windows: the part of a whole that each leaf is, or None.
+    on_gpu: as `Joint` takes it.
     whole_tiles: the number of blocks is filled up to a multiple of this.
     places: of each leaf, the place of each block's first element, if it is not its
       place in the leaf.
@@ -171,7 +233,7 @@ def step(
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     stored = jax.tree.map(take, stored)
   shapes = [leaf.gradient.shape for leaf in leaves]
-  joint = Joint(shapes, whole_tiles)
+  joint = Joint(shapes, whole_tiles, on_gpu)
 
   def statistic(xs):
     if not isinstance(xs[0], Blocks):
@@ -250,14 +312,11 @@ def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws
   places = list(map(firsts, shapes)) if places is None else places
   is_constant = all(isinstance(x, np.ndarray) for x in places)
   first = (np if is_constant else jnp).concatenate([*places, zeros])
-  lengths = []
-  for rows, n in map(rows_of, shapes):
-    lengths.append(np.tile(np.minimum(n - np.arange(0, n, BLOCK), BLOCK), rows))
-  length = np.concatenate([*lengths, zeros]).astype(np.int32)
-  is_ragged = (length[: joint.count - joint.spare] < BLOCK).any()
+  length = joint.lengths()
+  is_ragged = (length < BLOCK).any()
   return Draws(
     words(streams),
     None if own_streams is None else words(own_streams),
     jnp.asarray(first)[:, None].astype(_U32),
-    jnp.asarray(length) if is_ragged else None,
+    jnp.asarray(np.pad(length, (0, joint.spare))) if is_ragged else None,
   )

@@ -1,14 +1,14 @@
 """Launching Mosaic GPU kernels on blocks of 32 neighbours, which have a scale each.
 
 Arrays are walked as [blocks, 32], 32 blocks (one warpgroup) a program; the rest
-of an array is cut into tiles of 16, 8, 4, 2 and 1 blocks, and several arrays
-can share a launch. Everything is in place, as in `launch`.
+of an array is cut into tiles of 8 blocks, of which the last two may overlap, and
+several arrays can share a launch. Everything is in place, as in `launch`.
 """
 
 from collections.abc import Callable, Sequence
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -23,29 +23,28 @@ from pallas_kernels.state_formats import BLOCK
 _HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
 # Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
 # Each size is a program of its own to compile.
-_ROWS = (32, 8, 1) if _HAS_STORE else (32,)
+_ROWS = (32, 8) if _HAS_STORE else (32,)
 TILE_ROWS = _ROWS[0]
 
 
 def _block_layout(rows: int):
   """A tile of whole blocks over 128 threads: a maximum over a block stays within a warp.
 
-  Of 32 rows a lane has 8 neighbouring elements (16-byte accesses at 16 bits
-  each); below 4 rows, some warps do the same work.
+  Of 32 rows a lane has 8 neighbouring elements (16-byte accesses at 16 bits each).
   """
-  if rows >= 8:
-    tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-  tiling = plgpu.Tiling(((rows, BLOCK), (1,)))
-  warps: Any = {4: (-3,), 2: (-3, plgpu.Replicated(2)), 1: (plgpu.Replicated(4),)}[rows]
-  return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=(-2,), vector_dim=-1)
+  tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
+  return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def is_in_blocks(shape: tuple[int, ...]) -> bool:
+  """Whether the rows of an array, which is not empty, are whole blocks."""
+  return bool(shape) and shape[-1] % BLOCK == 0 and 0 < math.prod(shape) <= MAX_SIZE
 
 
 def takes_blocks(shape: tuple[int, ...]) -> bool:
-  """Whether `blockwise` takes arrays of a shape: rows of whole blocks."""
-  n = math.prod(shape)
-  is_even = bool(shape) and shape[-1] % BLOCK == 0 and n % (_ROWS[-1] * BLOCK) == 0
-  return is_even and 0 < n <= MAX_SIZE
+  """Whether `blockwise` takes arrays of a shape: rows of whole blocks, and enough for a tile."""
+  count, least = math.prod(shape) // BLOCK, _ROWS[-1]
+  return is_in_blocks(shape) and (count % least == 0 or (_HAS_STORE and count > least))
 
 
 def takes_rectangle(rows: int, n: int) -> bool:
@@ -89,10 +88,10 @@ def blockwise(
   """Runs `tile` over the blocks of some arrays, as one kernel, in place.
 
   Args:
-    tile: `(bits, valid, scalars, read, values, scales) -> (values, scales)`,
-      on arrays [rows, 32] for some blocks, and [rows] for their scales;
-      bits(lane) are the stream's (`element_bits`), valid says which elements
-      are there, None if all are.
+    tile: `(bits, valid, across, scalars, read, values, scales) -> (values,
+      scales)`, on arrays [rows, 32] for some blocks, and [rows] for their
+      scales; bits(lane) are the stream's (`element_bits`), valid says which
+      elements are there, None if all are, across broadcasts [rows] to [rows, 32].
     leaves: the arrays.
     scalars: what tile's scalars are (float32, or exact in it: bools, integers).
     when: a bool: where it is False nothing is written; or None.
@@ -123,10 +122,13 @@ def blockwise(
         mine = [leaf_refs[i] for i in group.leaves]
         wholes = [_in_whole(leaf_refs[i].start, parts[i]) for i in group.leaves]
         if len(mine) > 1:
-          place = table_refs[0][program, 0], table_refs[0][program, 1]
+          which, *starts = (table_refs[0][program, i] for i in range(3))
         else:
-          place = None, (program - first) * group.rows + int(group.table[0, 1])
-        _run_tile(tile, group.rows, mine, wholes, *place, index, numbers, refs[len(operands) :])
+          which = None
+          starts = [(program - first) * group.rows + int(start) for start in group.table[0, 1:]]
+        starts = starts if group.is_pair else starts[:1]
+        shared = refs[len(operands) :]
+        _run_tiles(tile, group.rows, mine, wholes, which, starts, index, numbers, shared)
 
       last = first + len(group.table)
       conditions = taken + ([(program >= first) & (program < last)] if len(groups) > 1 else [])
@@ -142,10 +144,7 @@ def blockwise(
     grid=(len(table),),
     grid_names=("tile",),
     scratch_types=[] if _HAS_STORE else [plgpu.SMEM((_ROWS[0],), jnp.bfloat16)] * most_scales,
-    # From 4 rows on, every thread writes what it alone has read (a warp, of the scales).
-    compiler_params=plgpu.CompilerParams(
-      unsafe_no_auto_barriers=min(group.rows for group in groups) >= 4
-    ),
+    compiler_params=_compiler_params(any(group.is_pair for group in groups)),
   )(*operands)
 
 
@@ -160,8 +159,8 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
     when: likewise.
   """
   rows, n = leaf.read.shape
-  across, vector = n // BLOCK, 8 if n % 8 == 0 else 1
-  layout = _block_layout(TILE_ROWS) if vector == 8 else _row_layout()
+  columns = n // BLOCK
+  layout = _row_layout() if n % 8 else _block_layout(TILE_ROWS)
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   operands, treedef = jax.tree.flatten((numbers, flags, leaf))
@@ -172,7 +171,7 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
     numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
 
     def run():
-      first_row, block = program // across * TILE_ROWS, program % across
+      first_row, block = program // columns * TILE_ROWS, program % columns
       here = pl.ds(first_row, TILE_ROWS), pl.ds(block * BLOCK, BLOCK)
       row, column = (
         plgpu.broadcasted_iota(jnp.uint32, (TILE_ROWS, BLOCK), axis, layout=layout)
@@ -186,7 +185,8 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
       of_scales = [ref.at[here[0], block] for ref in leaf.scale_refs]
       scales = [plgpu.load(x, layout=layout.reduce(1), optimized=False) for x in of_scales]
       values = list(map(load, leaf.refs))
-      values, scales = tile(bits, None, numbers, load(leaf.read), values, scales)
+      across = _across(layout, TILE_ROWS)
+      values, scales = tile(bits, None, across, numbers, load(leaf.read), values, scales)
       for ref, value in zip(leaf.refs, values, strict=True):
         plgpu.store(ref.at[here], value, optimized=False)
       for ref, scale in zip(of_scales, scales, strict=True):
@@ -199,10 +199,25 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
 
   plgpu.kernel(
     body,
-    grid=(rows // TILE_ROWS * across,),
+    grid=(rows // TILE_ROWS * columns,),
     grid_names=("tile",),
-    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    compiler_params=_compiler_params(),
   )(*operands)
+
+
+def _compiler_params(overlaps: bool = False) -> plgpu.CompilerParams:
+  """How a kernel is compiled, of which tiles perhaps overlap."""
+  return plgpu.CompilerParams(
+    # Every layout is given here: inferring them takes two thirds of the time to lower a kernel.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    # Every thread writes what it alone has read (a warp, of the scales), unless tiles overlap.
+    unsafe_no_auto_barriers=not overlaps,
+  )
+
+
+def _across(layout, rows: int):
+  """Broadcasts [rows] to [rows, 32]."""
+  return lambda x: plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,)), layout)
 
 
 def _row_layout():
@@ -233,50 +248,64 @@ class _Group(NamedTuple):
   Attributes:
     rows: how many blocks they have.
     leaves: the arrays that have such tiles.
-    table: int32 [tiles, 2]: each tile's place in leaves, and its first block.
+    table: int32 [programs, 3]: each program's place in leaves, and the first blocks
+      of its tiles.
+    is_pair: whether a program has two tiles, which overlap, and not one.
   """
 
   rows: int
   leaves: list[int]
   table: np.ndarray
+  is_pair: bool = False
 
 
 def _groups(blocks: Sequence[int]) -> list[_Group]:
   """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
-  groups, done = [], [0] * len(blocks)
+  groups, least = [], _ROWS[-1]
+  # A pair of the smallest tiles takes what is left of them, and the last of them with it.
+  ends = [n if n % least == 0 else n // least * least - least for n in blocks]
+  done = [0] * len(blocks)
   for rows in _ROWS:
-    leaves, starts = [], []
-    for i, n in enumerate(blocks):
-      if n - done[i] >= rows:
-        leaves.append(i)
-        starts.append(np.arange(done[i], n - rows + 1, rows, dtype=np.int32))
-        done[i] += len(starts[-1]) * rows
-    if leaves:
-      which = np.repeat(np.arange(len(leaves), dtype=np.int32), [len(x) for x in starts])
-      groups.append(_Group(rows, leaves, np.stack([which, np.concatenate(starts)], axis=1)))
-  return groups
+    starts = [np.arange(at, end - rows + 1, rows) for at, end in zip(done, ends, strict=True)]
+    done = [at + len(of) * rows for at, of in zip(done, starts, strict=True)]
+    groups.append(_group(rows, starts, starts))
+  firsts, seconds = [], []
+  for n, end in zip(blocks, ends, strict=True):
+    firsts.append(np.arange(end, n if end < n else end)[:1])
+    seconds.append(np.arange(n - least, n)[: len(firsts[-1])])
+  groups.append(_group(least, firsts, seconds)._replace(is_pair=True))
+  return [group for group in groups if group.leaves]
+
+
+def _group(rows: int, firsts: Sequence[np.ndarray], seconds: Sequence[np.ndarray]) -> _Group:
+  leaves = [i for i, starts in enumerate(firsts) if len(starts)]
+  which = [np.full(len(firsts[i]), k) for k, i in enumerate(leaves)]
+  columns = [which, *([of[i] for i in leaves] for of in (firsts, seconds))]
+  table = [np.concatenate([*column, np.empty(0)]) for column in columns]
+  return _Group(rows, leaves, np.stack(table, axis=1).astype(np.int32))
 
 
 def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
   """How many blocks the tiles have that `blockwise` walks arrays of these shapes in."""
-  return [group.rows for group in _groups([math.prod(shape) // BLOCK for shape in shapes])]
+  groups = _groups([math.prod(shape) // BLOCK for shape in shapes])
+  return [group.rows for group in groups for _ in range(1 + group.is_pair)]
 
 
-def _run_tile(
-  tile, rows: int, leaves: list[BlockLeaf], wholes, which, start, index, scalars, shared_refs
+def _run_tiles(
+  tile, rows: int, leaves: list[BlockLeaf], wholes, which, starts, index, scalars, shared_refs
 ):
-  """One tile, in a kernel: of the only array, or of number `which`."""
+  """A program's tiles, in a kernel: of the only array, or of number `which`."""
   layout = _block_layout(rows)
   row, column = (
     plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
   )
 
-  def first(leaf: BlockLeaf):
+  def first(leaf: BlockLeaf, start):
     """The tile's first block, in the array and in the stack."""
     return start, start if index is None else index * leaf.read.shape[0] + start
 
-  def load(leaf: BlockLeaf, in_whole):
-    in_array, in_stack = first(leaf)
+  def load(leaf: BlockLeaf, in_whole, start):
+    in_array, in_stack = first(leaf, start)
 
     def array(ref, first=in_stack, layout=layout):
       return plgpu.load(ref.at[pl.ds(first, rows)], layout=layout, optimized=False)
@@ -293,9 +322,9 @@ def _run_tile(
       [by_row(ref) for ref in leaf.scale_refs],
     )
 
-  def store(leaf: BlockLeaf, in_whole, values, scales):
+  def store(leaf: BlockLeaf, in_whole, start, values, scales):
     del in_whole
-    blocks = pl.ds(first(leaf)[1], rows)
+    blocks = pl.ds(first(leaf, start)[1], rows)
     for ref, value in zip(leaf.refs, values, strict=True):
       if rows == _ROWS[0]:
         ref[blocks] = value
@@ -316,18 +345,25 @@ def _run_tile(
     branches = [functools.partial(f, *of) for of in zip(leaves, wholes, strict=True)]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  (*words, blocks), read, values, scales = choose(load)
-  valid = None
-  if leaves[0].key is None:
-    across = lambda x: jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,))
-    if len(leaves[0].draws) == 4:
-      *words, first_places, valid = map(across, (*words, blocks))
-      valid = column.astype(jnp.int32) < valid
+  across = _across(layout, rows)
+
+  def run(loaded):
+    (*words, blocks), read, values, scales = loaded
+    valid = None
+    if leaves[0].key is None:
+      if len(leaves[0].draws) == 4:
+        *words, first_places, valid = map(across, (*words, blocks))
+        valid = column.astype(jnp.int32) < valid
+      else:
+        *words, first_places = map(across, (*words, blocks))
+      place = first_places + column
     else:
-      *words, first_places = map(across, (*words, blocks))
-    place = first_places + column
-  else:
-    blocks = blocks if blocks.shape else row + blocks
-    place = blocks * jnp.uint32(BLOCK) + column
-  bits = lambda lane: element_bits(words, place, lane=lane)
-  choose(store, *tile(bits, valid, scalars, read, values, scales))
+      blocks = blocks if blocks.shape else row + blocks
+      place = blocks * jnp.uint32(BLOCK) + column
+    bits = lambda lane: element_bits(words, place, lane=lane)
+    return tile(bits, valid, across, scalars, read, values, scales)
+
+  # All is read before anything is written: tiles may overlap.
+  loaded = [choose(load, start) for start in starts]
+  for start, new in zip(starts, list(map(run, loaded)), strict=True):
+    choose(store, start, *new)

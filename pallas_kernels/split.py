@@ -87,8 +87,9 @@ def split_leaves(xs, fmt: DeltaFormat, streams, merges: bool):
     results = [split_stream(x, fmt, stream) for x, stream in zip(xs, streams, strict=True)]
     return [(low, delta, merge(low, delta, fmt) if merges else None) for low, delta in results]
   each = functools.partial(_xla_leaves, fmt, merges)
-  together = functools.partial(_joined_leaves, fmt, merges)
-  return by_device({"any": each, "cpu": together}, xs, streams)
+  on_cpu, on_gpu = (functools.partial(_joined_leaves, fmt, merges, x) for x in (False, True))
+  several = {"gpus": each, "mosaic_gpus": each}
+  return by_device({"any": each, "cpu": on_cpu, "gpu": on_gpu, **several}, xs, streams)
 
 
 def _xla_leaves(fmt: DeltaFormat, merges: bool, xs, streams):
@@ -102,7 +103,7 @@ def _split_and_merge(fmt, merges, x, stream):
   return low, delta, value if merges else None
 
 
-def _joined_leaves(fmt: DeltaFormat, merges: bool, xs, streams):
+def _joined_leaves(fmt: DeltaFormat, merges: bool, on_gpu: bool, xs, streams):
   small = [i for i, x in enumerate(xs) if joined.takes(x, x, fmt) and x.size < 1 << 18]
   small = small if len(small) > 1 else []
   large = [i for i in range(len(xs)) if i not in set(small)]
@@ -111,7 +112,7 @@ def _joined_leaves(fmt: DeltaFormat, merges: bool, xs, streams):
   if small:
     some, words = [xs[i] for i in small], [streams[i] for i in small]
     shapes = [x.shape for x in some]
-    joint = joined.Joint(shapes)
+    joint = joined.Joint(shapes, on_gpu=on_gpu)
     draws = joined.draws(joint, shapes, words)
     low, wide = arithmetic.split_values(joint.values(some), fmt, draws.bits(0))
     value = arithmetic.merge_values(low, wide, fmt) if merges else None

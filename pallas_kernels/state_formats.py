@@ -182,22 +182,28 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
   return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
 
 
-def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat):
-  """`dequantize` of a tile of blocks, scale_K None where the format has none."""
+def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat, across):
+  """`dequantize` of a tile of blocks, scale_K None where the format has none.
+
+  across broadcasts [K] to [K, B].
+  """
   if not fmt.has_scale:
     return dequantize(codes_KxB, fmt)
-  x_KxB = decode(codes_KxB, scale_K, fmt)
+  x_KxB = decode(codes_KxB, scale_K, fmt, across)
   return x_KxB * x_KxB if fmt.is_square else x_KxB
 
 
-def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB):
-  """`quantize` of a tile of blocks: (codes, scales), None for scales where it has none."""
+def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across):
+  """`quantize` of a tile of blocks: (codes, scales), None for scales where it has none.
+
+  across broadcasts [K] to [K, B].
+  """
   if not fmt.has_scale:
     return quantize(x_KxB, fmt, bits_KxB), None
   x_KxB = jnp.sqrt(x_KxB) if fmt.is_square else x_KxB
   largest_K = jnp.max(magnitude_bits(x_KxB).astype(_I32), axis=-1).astype(_U32)
   scale_K = arithmetic.low_of(scale_code(largest_K, fmt), jnp.bfloat16)
-  return encode(x_KxB, scale_K, fmt, bits_KxB), scale_K
+  return encode(x_KxB, scale_K, fmt, bits_KxB, across), scale_K
 
 
 def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
@@ -231,11 +237,11 @@ def scale_code(magnitude, fmt: StateFormat):
   return jnp.where(magnitude > _U32(0), code, _U32(0))
 
 
-def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB):
+def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
   # A kernel divides once a block; nothing is divided where everything is zero.
   top = 1.0 if fmt.name == "fp16" else fmt.top * (1 << 15 if fmt.is_square else 1)
-  scale_KxB = _along(scale_K, x_KxB.shape)
+  scale_KxB = _along(scale_K, x_KxB.shape, across)
   # No product may be contracted with what is added to it (`arithmetic.rounded`): |ratio| is none.
   ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
   if fmt.name == "fp16":
@@ -267,9 +273,9 @@ def _nearest(x):
   return arithmetic.bits_of(x + jnp.float32(2.0**23)) & _U32(0x7FFFFF)
 
 
-def decode(codes_KxB, scale_K, fmt: StateFormat):
+def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):
   """Codes -> float32 values (roots of a second moment), on arrays or tiles of blocks."""
-  scale_KxB = _along(scale_K, codes_KxB.shape)
+  scale_KxB = _along(scale_K, codes_KxB.shape, across)
   if fmt.name == "fp16":
     x = arithmetic.widen(codes_KxB) * scale_KxB
     if fmt.is_square:
@@ -287,13 +293,15 @@ def _keep_positive(x, rounded, fmt: StateFormat):
   return jnp.where((x > 0) & (rounded == 0), jnp.finfo(rounded.dtype).smallest_subnormal, rounded)
 
 
-def _along(scale_K, shape):
+def _along(scale_K, shape, across=None):
   """bfloat16 for each block -> float32 for each of its elements.
 
   In this order, so that XLA reads the scales as they are stored and has
   nothing of its own to keep.
   """
-  scale_KxB = jax.lax.broadcast_in_dim(scale_K, shape, tuple(range(len(shape) - 1)))
+  if across is None:
+    across = lambda x: jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape) - 1)))
+  scale_KxB = across(scale_K)
   return arithmetic.float_of(arithmetic.low_bits_of(scale_KxB) << _U32(16))
 
 

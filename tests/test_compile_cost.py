@@ -11,7 +11,7 @@ import pytest
 from benchmarks import contenders, hlo, shapes
 import optax_lowmem as lowmem
 
-GPT2 = functools.partial(shapes.gpt2, width=128, vocabulary=512, context=64)
+GPT2 = functools.partial(shapes.gpt2, width=256, vocabulary=512, context=64)
 SETS = {
   "gpt2": GPT2(layers=4),
   "gpt2, 8 layers": GPT2(layers=8),
@@ -20,32 +20,32 @@ SETS = {
 
 
 class Limit(NamedTuple):
-  kernels: int  # distinct ones
+  kernels: int  # distinct ones that compute
   instructions: float  # a leaf
 
 
 # A little (10 to 15%) above what was there when the test was written. Lower them with the code.
 LIMITS = {
-    ("cpu", "gpt2", "step"): Limit(kernels=190, instructions=145),
-    ("cpu", "gpt2", "update"): Limit(kernels=197, instructions=199),
-    ("cpu", "ragged", "step"): Limit(kernels=108, instructions=338),
-    ("cpu", "ragged", "update"): Limit(kernels=115, instructions=450),
-    ("a100", "gpt2", "step"): Limit(kernels=51, instructions=105),
-    ("a100", "gpt2", "update"): Limit(kernels=49, instructions=132),
-    ("a100", "ragged", "step"): Limit(kernels=48, instructions=363),
-    ("a100", "ragged", "update"): Limit(kernels=49, instructions=419),
-    ("h100", "gpt2", "step"): Limit(kernels=16, instructions=41),
-    ("h100", "gpt2", "update"): Limit(kernels=25, instructions=85),
-    ("h100", "ragged", "step"): Limit(kernels=48, instructions=174),
-    ("h100", "ragged", "update"): Limit(kernels=49, instructions=215),
+    ("cpu", "gpt2", "step"): Limit(kernels=180, instructions=281),
+    ("cpu", "gpt2", "update"): Limit(kernels=186, instructions=363),
+    ("cpu", "ragged", "step"): Limit(kernels=92, instructions=361),
+    ("cpu", "ragged", "update"): Limit(kernels=93, instructions=447),
+    ("a100", "gpt2", "step"): Limit(kernels=21, instructions=142),
+    ("a100", "gpt2", "update"): Limit(kernels=28, instructions=185),
+    ("a100", "ragged", "step"): Limit(kernels=18, instructions=356),
+    ("a100", "ragged", "update"): Limit(kernels=27, instructions=401),
+    ("h100", "gpt2", "step"): Limit(kernels=16, instructions=40),
+    ("h100", "gpt2", "update"): Limit(kernels=26, instructions=84),
+    ("h100", "ragged", "step"): Limit(kernels=13, instructions=151),
+    ("h100", "ragged", "update"): Limit(kernels=22, instructions=193),
 }  # fmt: skip
 
 # How many kernels that compute come with twice the layers: none, as shapes that repeat are not
-# compiled again. Not so on a CPU yet: small leaves are joined there up to a number of blocks, a run
-# of another length is another program, and cutting a leaf out of it another kernel (44 of them).
+# compiled again. For an A100 small leaves are joined up to a number of blocks: here they become a
+# second run of another length, which is another program.
 DOUBLED = {
-    ("cpu", "step"): 48,
-    ("a100", "step"): 0,
+    ("cpu", "step"): 0,
+    ("a100", "step"): 6,
     ("h100", "step"): 0,
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ def cost(target: str, set_name: str, way: str) -> dict[str, int]:
 def test_limits(target, set_name, way, limit):
   """Distinct kernels, and instructions a leaf."""
   found = cost(target, set_name, way)
-  assert found["distinct kernels"] <= limit.kernels, found
+  assert found["that compute"] <= limit.kernels, found
   assert found["instructions"] / len(SETS[set_name]) <= limit.instructions, found
 
 

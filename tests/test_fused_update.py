@@ -268,15 +268,21 @@ def test_a_rule_without_an_update(implementation):
   assert_trees_equal(run(rule), (*leaf[1:3], run(adam)[2]))
 
 
-def test_tiles_cover_each_block_once():
-  for blocks in ([1], [31], [32], [33, 1, 64], [95, 95, 7], list(range(1, 70))):
+def test_one_program_covers_each_block():
+  least = launch_blocks._ROWS[-1]
+  for blocks in ([8], [32], [33, 9, 64], [95, 95, 15], [*range(9, 100)], [1_206_168 - 3]):
     if not HAS_STORE:
       blocks = [32 * n for n in blocks]
-    seen = [np.zeros(n, int) for n in blocks]
+    programs = [np.zeros(n, int) for n in blocks]
     for group in launch_blocks._groups(blocks):
-      for which, start in group.table:
-        seen[group.leaves[which]][start : start + group.rows] += 1
-    assert all((x == 1).all() for x in seen)
+      assert group.rows >= least
+      for which, *starts in group.table:
+        covered = np.zeros(blocks[group.leaves[which]], bool)
+        for start in starts[: 1 + group.is_pair]:
+          assert 0 <= start <= len(covered) - group.rows
+          covered[start : start + group.rows] = True
+        programs[group.leaves[which]] += covered
+    assert all((x == 1).all() for x in programs)
 
 
 def test_streams_are_the_composition_s():
