@@ -3,7 +3,9 @@
 `import optax_lowmem as lowmem`; see the README.
 """
 
-from optax_lowmem import nnx as nnx
+import importlib
+from typing import Any
+
 from optax_lowmem._api import init as init
 from optax_lowmem._api import load_master as load_master
 from optax_lowmem._api import master_params as master_params
@@ -37,3 +39,14 @@ from pallas_kernels import split as split
 from pallas_kernels import stochastic_round as stochastic_round
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+  """Imports `nnx` when it is first used."""
+  if name == "nnx":
+    return importlib.import_module("optax_lowmem.nnx")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+  return [*globals(), "nnx"]

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
@@ -152,7 +151,7 @@ def ema_params(ema_state: EmaState):
   Examples:
     >>> loss = loss_fn(lowmem.ema_params(ema_state), batch)
   """
-  state = nnx.as_pure(ema_state)
+  state = _variables.pure(ema_state)
   # As a factor: the same bits in every program, which a division by one scalar has not.
   factor = 1 / state.correction
   residuals = _tree.named_leaves(state.residuals)

@@ -13,12 +13,11 @@ import re
 from typing import Any
 import warnings
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem import _session, _tree, _updates_flow
+from optax_lowmem import _session, _tree, _updates_flow, _variables
 from optax_lowmem._formats import Formats
 
 _is_checking: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_check", default=False)
@@ -65,7 +64,7 @@ def check(tx, params, opt_state, kind: type, *, for_step: bool):
   Raises:
     ValueError: it names the member.
   """
-  params, opt_state = nnx.as_pure(params), nnx.as_pure(opt_state)
+  params, opt_state = _variables.pure(params), _variables.pure(opt_state)
   states = list(_tree.find_states(opt_state, kind))
   if not all(isinstance(state.formats, Formats) for state in states):
     return  # `optax.tree.map_params` asks for the state of a placeholder

@@ -23,8 +23,8 @@ from optax_lowmem._quantize_state import QuantizedState
 from pallas_kernels import DeltaFormat, launch
 from pallas_kernels.fused_programs import Leaf, is_small
 from pallas_kernels.fused_update import fused_update_leaves
-from pallas_kernels.launch_blocks import is_in_blocks
 from pallas_kernels.state_formats import Blocks, StateFormat
+from pallas_kernels.tiles import is_in_blocks
 
 # Statistic's name, its value and the gradient -> what `accumulate` makes of it.
 Fold = Callable[[str, jax.Array, jax.Array], jax.Array]

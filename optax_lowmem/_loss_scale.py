@@ -4,13 +4,12 @@ import contextlib
 import math
 from typing import Any, Literal, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowmem import _landing_check, _session, _tree
+from optax_lowmem import _landing_check, _session, _tree, _variables
 from pallas_kernels.all_finite import all_finite, scaled
 
 
@@ -157,7 +156,7 @@ def loss_scale(opt_state) -> jax.Array:
     >>> lowmem.loss_scale(opt_state)
     Array(32768., dtype=float32)
   """
-  scales = [nnx.as_pure(s.scale) for s in _tree.find_states(opt_state, LossScaleState)]
+  scales = [_variables.pure(s.scale) for s in _tree.find_states(opt_state, LossScaleState)]
   if len(scales) > 1:
     raise ValueError(f"opt_state holds {len(scales)} loss scales; the loss can be scaled by one.")
   return scales[0] if scales else jnp.ones([], jnp.float32)

@@ -2,11 +2,10 @@
 
 import dataclasses
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem import _tree
+from optax_lowmem import _tree, _variables
 from optax_lowmem._delta_bits import DeltaBitsState
 from pallas_kernels.state_formats import Blocks
 
@@ -62,7 +61,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   Examples:
     >>> print(lowmem.memory_table(params, opt_state))
   """
-  params, opt_state = nnx.as_pure(params), nnx.as_pure(opt_state)
+  params, opt_state = _variables.pure(params), _variables.pure(opt_state)
   parts = {"weights": _nbytes(params), "residuals": 0, "moments": 0, "rest": 0}
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   suffixes = {tuple(map(str, path)) for path in paths}

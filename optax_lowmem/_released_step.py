@@ -7,7 +7,6 @@ leaves.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +123,7 @@ class Step:
     self._options, self._chain = options, chain
     self._groups = _layers.groups(params)  # layers get their parameters as they are given
     self._given = params, opt_state
-    params, opt_state = nnx.as_pure((params, opt_state))
+    params, opt_state = _variables.pure((params, opt_state))
     self._params, self._opt_state = params, opt_state
     is_scaled = isinstance(opt_state, _loss_scale.LossScaleState)
     inner = opt_state.inner_state if is_scaled else opt_state

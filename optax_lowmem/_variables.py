@@ -8,9 +8,9 @@ the metadata of the parameter that it belongs to: NNX shards and saves by them.
 
 import functools
 import math
+import sys
 from typing import Any
 
-from flax import nnx
 from flax.core import meta, spmd
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -27,22 +27,29 @@ def transformation(init, update) -> optax.GradientTransformationExtraArgs:
   def init_variables(params):
     if not _has_variables(params):
       return init(params)
-    return annotate(init(nnx.as_pure(params)), params)
+    return annotate(init(pure(params)), params)
 
   @functools.wraps(update)
   def call(updates, state, params=None, **extra_args):
     if not _has_variables((updates, state, params)):
       return update(updates, state, params, **extra_args)
-    pure = (nnx.as_pure(tree) for tree in (updates, state, params))
-    new_updates, new_state = update(*pure, **extra_args)
+    trees = map(pure, (updates, state, params))
+    new_updates, new_state = update(*trees, **extra_args)
     return like(updates, new_updates), like(state, new_state)
 
   return optax.GradientTransformationExtraArgs(init_variables, call)
 
 
-def like(tree, pure):
+def like(tree, arrays):
   """A tree of plain arrays with the variables of another."""
-  return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(pure))
+  return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
+
+
+def pure(tree):
+  """A tree with arrays instead of variables."""
+  # Importing NNX takes 0.2 s; before it is imported, there are no variables.
+  nnx = sys.modules.get("flax.nnx")
+  return tree if nnx is None else nnx.as_pure(tree)
 
 
 def annotate(state, params):
@@ -52,7 +59,7 @@ def annotate(state, params):
     (*path, *rest): (variable, leaf)
     for path, variable in variables
     if _is_variable(variable)
-    for rest, leaf in jax.tree_util.tree_leaves_with_path(nnx.as_pure(variable))
+    for rest, leaf in jax.tree_util.tree_leaves_with_path(pure(variable))
   }
 
   def wrap(path, node):
@@ -99,7 +106,8 @@ def _fit(sharding, metadata: dict[str, Any], shape):
 
 
 def _is_variable(x) -> bool:
-  return isinstance(x, nnx.Variable)
+  nnx = sys.modules.get("flax.nnx")
+  return nnx is not None and isinstance(x, nnx.Variable)
 
 
 def _has_variables(tree) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import arithmetic, chunked, joined, launch_blocks, packing, state_formats
+from pallas_kernels import arithmetic, chunked, joined, launch, packing, state_formats, tiles
 from pallas_kernels.random_bits import Window, random_bits, statistic_bits
 from pallas_kernels.state_formats import BLOCK, Blocks
 
@@ -190,19 +190,20 @@ def takes_kernel(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool)
 
   Of whole arrays also large ones in which little is left of tiles of 32 x 32.
   """
-  if all(map(launch_blocks.takes_blocks, (shape, stack))):
+  if all(map(tiles.takes_blocks, (shape, stack))):
     return True
-  if not 0 < math.prod(stack) < launch_blocks.MAX_SIZE:
+  if not 0 < math.prod(stack) < launch.MAX_SIZE:
     return False
-  return is_small(shape) or (is_whole and launch_blocks.takes_rectangle(*joined.rows_of(shape)))
+  return is_small(shape) or (is_whole and tiles.takes_rectangle(*joined.rows_of(shape)))
 
 
 def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
   """The step as Mosaic GPU kernels: one a leaf, small leaves of one size a few at a time."""
+  from pallas_kernels import launch_blocks  # which imports Pallas
+
   windows = windows or [None] * len(leaves)
   tile = functools.partial(_tile, rules, formats, lands)
   results: dict[int, Any] = {}
-  tiles = launch_blocks.TILE_ROWS
 
   @jax.jit  # groups of one kind are lowered once
   def kernel(scalars, group, of, when, index):
@@ -230,7 +231,7 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
   for i, leaf in enumerate(leaves):
     if not is_small(leaf.gradient.shape) and leaf.gradient.shape[-1] % BLOCK:
       results[i] = _ragged(tile, joined_kernel, lands, scalars, leaf, when)
-    elif launch_blocks.takes_blocks(leaf.gradient.shape):
+    elif tiles.takes_blocks(leaf.gradient.shape):
       sizes.setdefault(leaf.gradient.size, []).append(i)
     else:
       rest.append(i)
@@ -245,7 +246,13 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
 
   of = lambda xs: [xs[i] for i in rest]
   found = joined.step_in_pools(
-    joined_kernel, of(leaves), index, of(windows), MOST_JOINED, on_gpu=True, whole_tiles=tiles
+    joined_kernel,
+    of(leaves),
+    index,
+    of(windows),
+    MOST_JOINED,
+    on_gpu=True,
+    whole_tiles=tiles.TILE_ROWS,
   )
   results.update(zip(rest, found, strict=True))
   return [results[i] for i in range(len(leaves))]
@@ -253,6 +260,8 @@ def as_kernel(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, inde
 
 def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   """A large leaf whose rows end in a short block: a kernel, and joined, what that leaves."""
+  from pallas_kernels import launch_blocks
+
   rows, n = joined.rows_of(leaf.gradient.shape)
   written = _operands(lands, leaf, None, row=n)
   launch_blocks.rectangle(tile, written, scalars, when)
@@ -278,8 +287,7 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
     return Leaf(gradient, low, delta, statistics, leaf.stream)
 
   # One after the other, in the memory of one, by one kernel: as many blocks.
-  tiles = launch_blocks.TILE_ROWS
-  blocks = max(-(-len(first) // tiles) * tiles for _, _, first in parts)
+  blocks = max(-(-len(first) // tiles.TILE_ROWS) * tiles.TILE_ROWS for _, _, first in parts)
   for of_rows, start, first in parts:
     some = [cut(of_rows, start)]
     ((low, delta, statistics),) = joined.step(
@@ -330,7 +338,7 @@ def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, value
 
 def _operands(
   lands, leaf: Leaf, window: Window | None, draws=None, row: int = BLOCK
-) -> launch_blocks.BlockLeaf:
+) -> tiles.BlockLeaf:
   blocks = lambda x: x.reshape(-1, row)
   gradient, low = leaf.gradient, leaf.low
   if lands:
@@ -348,10 +356,10 @@ def _operands(
     rows = tuple(x.reshape(-1) for x in (*draws.words, draws.first))
     if draws.length is not None:
       rows = (*rows, draws.length)
-  return launch_blocks.BlockLeaf(leaf.stream, blocks(gradient), refs, scale_refs, start, rows)
+  return tiles.BlockLeaf(leaf.stream, blocks(gradient), refs, scale_refs, start, rows)
 
 
-def _frozen(leaf: Leaf, written: launch_blocks.BlockLeaf):
+def _frozen(leaf: Leaf, written: tiles.BlockLeaf):
   """What the kernel wrote, in the shapes of the leaf."""
   values, scales = iter(written.refs), iter(written.scale_refs)
 

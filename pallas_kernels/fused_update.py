@@ -20,9 +20,9 @@ from pallas_kernels import (
   chunked,
   fused_programs,
   launch,
-  launch_blocks,
   sharded,
   state_formats,
+  tiles,
 )
 from pallas_kernels.by_device import by_device
 from pallas_kernels.formats import DeltaFormat
@@ -176,7 +176,7 @@ def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:
   Not for leaves that are replicated on a mesh with Explicit axes.
   """
   is_explicit = any(sharded.has_explicit_axes(leaf.low) for leaf in leaves)
-  if is_explicit or not all(map(launch_blocks.is_in_blocks, (x.gradient.shape for x in leaves))):
+  if is_explicit or not all(map(tiles.is_in_blocks, (x.gradient.shape for x in leaves))):
     return {}
 
   def program(scalars, leaves, when, index, windows):

@@ -7,8 +7,6 @@ several arrays can share a launch. Everything is in place, as in `launch`.
 
 from collections.abc import Callable, Sequence
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -16,15 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.launch import MAX_SIZE
+from pallas_kernels import tiles
 from pallas_kernels.random_bits import Window, element_bits, whole_place
 from pallas_kernels.state_formats import BLOCK
-
-_HAS_STORE = hasattr(plgpu, "store")  # not in JAX 0.11.2
-# Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
-# Each size is a program of its own to compile.
-_ROWS = (32, 8) if _HAS_STORE else (32,)
-TILE_ROWS = _ROWS[0]
+from pallas_kernels.tiles import HAS_STORE, TILE_ROWS, BlockLeaf
 
 
 def _block_layout(rows: int):
@@ -34,47 +27,6 @@ def _block_layout(rows: int):
   """
   tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
   return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def is_in_blocks(shape: tuple[int, ...]) -> bool:
-  """Whether the rows of an array, which is not empty, are whole blocks."""
-  return bool(shape) and shape[-1] % BLOCK == 0 and 0 < math.prod(shape) <= MAX_SIZE
-
-
-def takes_blocks(shape: tuple[int, ...]) -> bool:
-  """Whether `blockwise` takes arrays of a shape: rows of whole blocks, and enough for a tile."""
-  count, least = math.prod(shape) // BLOCK, _ROWS[-1]
-  return is_in_blocks(shape) and (count % least == 0 or (_HAS_STORE and count > least))
-
-
-def takes_rectangle(rows: int, n: int) -> bool:
-  """Whether `rectangle` takes arrays [rows, n]: little is left of tiles of 32 x 32."""
-  left = rows * n - rows // TILE_ROWS * TILE_ROWS * (n // BLOCK * BLOCK)
-  return _HAS_STORE and rows >= TILE_ROWS and left * 16 <= rows * n
-
-
-class BlockLeaf(NamedTuple):
-  """The operands of `blockwise` that belong to one array.
-
-  Attributes:
-    key: uint32 [2], the stream's words; of joined arrays, None.
-    read: what is only read, [blocks, 32].
-    refs: what is replaced, likewise, of at most 16 bits a value; or a stack of
-      such arrays, [count * blocks, 32].
-    scale_refs: what is replaced, bfloat16 [blocks] or [count * blocks].
-    start: where the array, or the stack, is a part of a whole: its first place
-      along each axis, int32 [axes], in blocks along the last; else None.
-    draws: of joined arrays: uint32 [blocks] each, the two words of a block's
-      stream and the place of its first element; perhaps int32 [blocks], the
-      number of its elements.
-  """
-
-  key: jax.Array | None
-  read: jax.Array
-  refs: list[jax.Ref]
-  scale_refs: list[jax.Ref]
-  start: jax.Array | None = None
-  draws: tuple[jax.Array, ...] = ()
 
 
 def blockwise(
@@ -103,7 +55,7 @@ def blockwise(
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
-  groups = _groups([leaf.read.shape[0] for leaf in leaves])
+  groups = tiles.groups([leaf.read.shape[0] for leaf in leaves])
   table = np.concatenate([group.table for group in groups])
   tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
   operands, treedef = jax.tree.flatten((numbers, flags, indices, tables, list(leaves)))
@@ -143,7 +95,7 @@ def blockwise(
     body,
     grid=(len(table),),
     grid_names=("tile",),
-    scratch_types=[] if _HAS_STORE else [plgpu.SMEM((_ROWS[0],), jnp.bfloat16)] * most_scales,
+    scratch_types=[] if HAS_STORE else [plgpu.SMEM((TILE_ROWS,), jnp.bfloat16)] * most_scales,
     compiler_params=_compiler_params(any(group.is_pair for group in groups)),
   )(*operands)
 
@@ -242,55 +194,6 @@ def _as(number, dtype):
   return number != 0 if dtype == jnp.bool_ else number.astype(dtype)
 
 
-class _Group(NamedTuple):
-  """The tiles of one size.
-
-  Attributes:
-    rows: how many blocks they have.
-    leaves: the arrays that have such tiles.
-    table: int32 [programs, 3]: each program's place in leaves, and the first blocks
-      of its tiles.
-    is_pair: whether a program has two tiles, which overlap, and not one.
-  """
-
-  rows: int
-  leaves: list[int]
-  table: np.ndarray
-  is_pair: bool = False
-
-
-def _groups(blocks: Sequence[int]) -> list[_Group]:
-  """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
-  groups, least = [], _ROWS[-1]
-  # A pair of the smallest tiles takes what is left of them, and the last of them with it.
-  ends = [n if n % least == 0 else n // least * least - least for n in blocks]
-  done = [0] * len(blocks)
-  for rows in _ROWS:
-    starts = [np.arange(at, end - rows + 1, rows) for at, end in zip(done, ends, strict=True)]
-    done = [at + len(of) * rows for at, of in zip(done, starts, strict=True)]
-    groups.append(_group(rows, starts, starts))
-  firsts, seconds = [], []
-  for n, end in zip(blocks, ends, strict=True):
-    firsts.append(np.arange(end, n if end < n else end)[:1])
-    seconds.append(np.arange(n - least, n)[: len(firsts[-1])])
-  groups.append(_group(least, firsts, seconds)._replace(is_pair=True))
-  return [group for group in groups if group.leaves]
-
-
-def _group(rows: int, firsts: Sequence[np.ndarray], seconds: Sequence[np.ndarray]) -> _Group:
-  leaves = [i for i, starts in enumerate(firsts) if len(starts)]
-  which = [np.full(len(firsts[i]), k) for k, i in enumerate(leaves)]
-  columns = [which, *([of[i] for i in leaves] for of in (firsts, seconds))]
-  table = [np.concatenate([*column, np.empty(0)]) for column in columns]
-  return _Group(rows, leaves, np.stack(table, axis=1).astype(np.int32))
-
-
-def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
-  """How many blocks the tiles have that `blockwise` walks arrays of these shapes in."""
-  groups = _groups([math.prod(shape) // BLOCK for shape in shapes])
-  return [group.rows for group in groups for _ in range(1 + group.is_pair)]
-
-
 def _run_tiles(
   tile, rows: int, leaves: list[BlockLeaf], wholes, which, starts, index, scalars, shared_refs
 ):
@@ -326,11 +229,11 @@ def _run_tiles(
     del in_whole
     blocks = pl.ds(first(leaf, start)[1], rows)
     for ref, value in zip(leaf.refs, values, strict=True):
-      if rows == _ROWS[0]:
+      if rows == TILE_ROWS:
         ref[blocks] = value
       else:  # too narrow for stores that count as optimized
         plgpu.store(ref.at[blocks], value, optimized=False)
-    if _HAS_STORE:
+    if HAS_STORE:
       for ref, scale in zip(leaf.scale_refs, scales, strict=True):
         plgpu.store(ref.at[blocks], scale, optimized=False)
       return

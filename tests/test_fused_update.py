@@ -14,7 +14,7 @@ import pytest
 
 import optax_lowmem as lowmem
 import pallas_kernels
-from pallas_kernels import chunked, fused_programs, launch_blocks, state_formats
+from pallas_kernels import chunked, fused_programs, state_formats, tiles
 from pallas_kernels.by_device import by_device
 from pallas_kernels.fused_programs import Leaf, _bound, _xla, _xla_in_stack
 from pallas_kernels.fused_update import _hoisted, fused_update_leaves
@@ -120,7 +120,7 @@ def test_kernel_of_a_large_ragged_leaf(shape, monkeypatch):
   """Tiles of 32 x 32 in place, and what they leave in another kernel; a skipped step."""
   monkeypatch.setattr(fused_programs, "is_small", lambda shape: False)
   leaf = make_leaf(shape)
-  assert launch_blocks.takes_rectangle(math.prod(shape[:-1]), shape[-1])
+  assert tiles.takes_rectangle(math.prod(shape[:-1]), shape[-1])
   assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
   assert_trees_equal(step([leaf], "mosaic_gpu", when=jnp.array(False))[0], leaf[1:4])
 
@@ -269,12 +269,12 @@ def test_a_rule_without_an_update(implementation):
 
 
 def test_one_program_covers_each_block():
-  least = launch_blocks._ROWS[-1]
+  least = tiles._ROWS[-1]
   for blocks in ([8], [32], [33, 9, 64], [95, 95, 15], [*range(9, 100)], [1_000 - 3]):
     if not HAS_STORE:
       blocks = [32 * n for n in blocks]
     programs = [np.zeros(n, int) for n in blocks]
-    for group in launch_blocks._groups(blocks):
+    for group in tiles.groups(blocks):
       assert group.rows >= least
       for which, *starts in group.table:
         first, last = starts[0], starts[group.is_pair]

@@ -20,7 +20,7 @@ from test_fused_update import INT8, adam, assert_close, make_leaf, plain
 from test_not_finite import IS_BAD, SHAPE, VALUES, assert_not_finite, lion
 
 import optax_lowmem as lowmem
-from pallas_kernels import launch_blocks
+from pallas_kernels import tiles
 from pallas_kernels.fused_programs import Leaf
 from pallas_kernels.fused_update import _hoisted, fused_update_leaves
 from pallas_kernels.state_formats import BLOCK, Blocks, StateFormat, stored_struct
@@ -165,9 +165,9 @@ def executed(code, rule, leaves, formats):
   """The leaves' (low, delta, *codes, *scales) after the step."""
   fmt = lowmem.DeltaFormat.parse("bf16+8")
   shapes = [x.gradient.shape for x in leaves]
-  tiles = [(n, BLOCK) for n in launch_blocks.tile_rows(shapes)]
-  scalars, _ = _hoisted(rule, (fmt, formats), tiles)
-  groups = launch_blocks._groups([x.gradient.size // BLOCK for x in leaves])
+  found = [(n, BLOCK) for n in tiles.tile_rows(shapes)]
+  scalars, _ = _hoisted(rule, (fmt, formats), found)
+  groups = tiles.groups([x.gradient.size // BLOCK for x in leaves])
   table = np.concatenate([group.table for group in groups])
   arrays = [np.asarray([float(x) for x in scalars], np.float32)]
   arrays += [table] if len(leaves) > 1 else []
