@@ -45,7 +45,7 @@ h100.compiled(lambda g, p, s: lowmem.step(tx, g, s, p), *args, donate=(1, 2))
 _PROGRAM = """
 import sys; sys.path.insert(0, "tests")
 import h100, jax.numpy as jnp, optax_lowmem as lowmem, pallas_kernels
-from pallas_kernels import packing
+from pallas_kernels.formats import packing
 base = lowmem.DeltaFormat.parse({name!r})
 fmt = lowmem.DeltaFormat(base.dtype, base.extra_bits, {rounding!r})
 n = (1 << 20,)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.random_bits import element_bits, key_words, leaf_id, stream_keys
+from pallas_kernels.formats.random_bits import element_bits, key_words, leaf_id, stream_keys
 
 CHUNK = 1 << 20
 FEW = 8  # elements a step, leaf or seed

@@ -8,8 +8,10 @@ from flax.nnx.training.optimizer import to_opt_state
 import jax
 import optax
 
-from optax_lowmem import _api, _loss_scale, _tree, _variables
-from optax_lowmem._delta_bits import DeltaBitsState
+from optax_lowmem import api
+from optax_lowmem.transforms import loss_scaling
+from optax_lowmem.transforms.delta_bits import DeltaBitsState
+from optax_lowmem.trees import nnx_variables, pytrees
 
 
 class Optimizer(nnx.Optimizer):
@@ -61,13 +63,13 @@ class Optimizer(nnx.Optimizer):
         named; see `lowmem.init`).
       TypeError: if loss_scale is no number.
     """
-    tx = _loss_scale.with_loss_scale(tx, loss_scale)
+    tx = loss_scaling.with_loss_scale(tx, loss_scale)
     super().__init__(model, optax.identity(), wrt=wrt, graph=graph)
     variables = nnx.state(model, wrt, graph=graph)
     params = nnx.as_pure(variables)
-    params, opt_state = _api.init_ours(tx, params)
+    params, opt_state = api.init_ours(tx, params)
     self.tx = tx
-    self.opt_state = nnx.data(to_opt_state(_variables.annotate(opt_state, variables)))
+    self.opt_state = nnx.data(to_opt_state(nnx_variables.annotate(opt_state, variables)))
     nnx.update(model, params)
 
   def update(self, model, grads, /, **kwargs) -> None:
@@ -79,7 +81,7 @@ class Optimizer(nnx.Optimizer):
       **kwargs: extra arguments of `tx.update`.
     """
     params, grads = (nnx.as_pure(nnx.state(x, self.wrt, graph=self.graph)) for x in (model, grads))
-    params, opt_state = _api.step(self.tx, grads, self._pure, params, **nnx.as_pure(kwargs))
+    params, opt_state = api.step(self.tx, grads, self._pure, params, **nnx.as_pure(kwargs))
     nnx.update(model, params)
     nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
     self.step[...] += 1
@@ -87,24 +89,24 @@ class Optimizer(nnx.Optimizer):
   @property
   def residuals(self) -> nnx.State:
     """The packed residuals of the parameters that have any."""
-    residuals = [state.residuals for state in _tree.find_states(self._pure, DeltaBitsState)]
+    residuals = [state.residuals for state in pytrees.find_states(self._pure, DeltaBitsState)]
     flat = [pair for tree in residuals for pair in nnx.to_flat_state(tree)]
     return nnx.from_flat_state([(path, x) for path, x in flat if jax.tree.leaves(x)])
 
   @property
   def loss_scale(self) -> jax.Array:
     """The loss scale, float32; 1.0 where there is none."""
-    return _loss_scale.loss_scale(self._pure)
+    return loss_scaling.loss_scale(self._pure)
 
   def scale_loss(self, loss: jax.typing.ArrayLike) -> jax.Array:
     """The loss in float32, times the loss scale: what to differentiate."""
-    return _loss_scale.scale_loss(loss, self._pure)
+    return loss_scaling.scale_loss(loss, self._pure)
 
   def master_params(self, model) -> nnx.State:
     """The model's parameters as float32 master weights, to evaluate or to export."""
     variables = nnx.state(model, self.wrt, graph=self.graph)
-    masters = _api.master_params(nnx.as_pure(variables), self._pure)
-    return _variables.like(variables, masters)
+    masters = api.master_params(nnx.as_pure(variables), self._pure)
+    return nnx_variables.like(variables, masters)
 
   @property
   def _pure(self):

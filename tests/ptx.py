@@ -1,6 +1,6 @@
 """Executes a compiled Mosaic GPU kernel (PTX) on a CPU: what JAX's own interpreter cannot see.
 
-Takes what `pallas_kernels.launch_blocks` compiles to: blocks of 128 threads that
+Takes what `pallas_kernels.programs.block_kernel` compiles to: blocks of 128 threads that
 branch together, no shared memory. A division and a root are NumPy's, correctly
 rounded, where a GPU's are approximate.
 """

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from pallas_kernels.all_finite import all_finite
+from pallas_kernels.operations.all_finite import all_finite
 
 SHAPES = {
   "rows": ((16, 96), P("data")),

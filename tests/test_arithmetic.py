@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import optax_lowmem as lowmem
-from pallas_kernels import packing
+from pallas_kernels.formats import packing
 
 NEAREST = {"rounding": "nearest"}
 FEW = float32_classes(2048)

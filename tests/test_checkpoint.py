@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem import _formats
+from optax_lowmem.trees import formats as formats_module
 
 SHAPES = {
   "dense": {"kernel": (24, 96), "bias": (7,)},
@@ -277,7 +277,7 @@ def test_other_versions_are_refused(monkeypatch, tmp_path):
   now = fresh(None)
   pickled, serialized = pickle.dumps(now), flax.serialization.to_bytes(now)
   save(tmp_path / "saved", now)
-  monkeypatch.setattr(_formats, "VERSION", 2)
+  monkeypatch.setattr(formats_module, "VERSION", 2)
   tx = lowmem.adamw(1e-2)
   later = jax.jit(lambda params: lowmem.init(tx, params))(make_params(("dense",)))
   for target in (later, abstract(later)):

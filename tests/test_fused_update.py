@@ -14,13 +14,16 @@ import pytest
 
 import optax_lowmem as lowmem
 import pallas_kernels
-from pallas_kernels import chunked, fused_programs, state_formats, tiles
-from pallas_kernels.by_device import by_device
-from pallas_kernels.fused_programs import Leaf, _bound, _xla, _xla_in_stack
-from pallas_kernels.fused_update import _hoisted, fused_update_leaves
-from pallas_kernels.hoist import hoist
-from pallas_kernels.random_bits import key_words, random_bits, stream_keys
-from pallas_kernels.state_formats import Blocks, StateFormat
+from pallas_kernels.formats import state_formats
+from pallas_kernels.formats.random_bits import key_words, random_bits, stream_keys
+from pallas_kernels.formats.state_formats import Blocks, StateFormat
+from pallas_kernels.operations.fused_update import _hoisted, fused_update_leaves
+from pallas_kernels.placement.by_device import by_device
+from pallas_kernels.programs import cpu, mosaic_gpu, tiles
+from pallas_kernels.programs import leaf as leaf_module
+from pallas_kernels.programs.hoist import hoist
+from pallas_kernels.programs.leaf import Leaf
+from pallas_kernels.programs.xla import step_in_stack, step_leaf
 
 HAS_STORE = hasattr(plgpu, "store")
 INT8 = (StateFormat("int8"), StateFormat("int8", is_square=True))
@@ -68,13 +71,15 @@ def step(
 def plain(leaf: Leaf, fmt="bf16+8", statistic_formats=INT8, when=None):
   """The program of a sharded array or an old GPU."""
   formats = lowmem.DeltaFormat.parse(fmt), statistic_formats
-  return jax.jit(functools.partial(_xla, bound(adam, formats, leaf), formats, False))(leaf, when)
+  return jax.jit(functools.partial(step_leaf, bound(adam, formats, leaf), formats, False))(
+    leaf, when
+  )
 
 
 def bound(rule, formats, leaf: Leaf):
   """The rule as plain XLA calls it."""
   scalars, rules = _hoisted(rule, formats, [leaf.gradient.shape])
-  return _bound(rules, scalars)
+  return leaf_module.bound(rules, scalars)
 
 
 def assert_close(found, wanted, leaf, fmt="bf16+8"):
@@ -118,7 +123,7 @@ def test_kernel_any_shape(shape):
 @pytest.mark.parametrize("shape", [(65, 1001), (33, 1000), (2, 32, 545)], ids=str)
 def test_kernel_of_a_large_ragged_leaf(shape, monkeypatch):
   """Tiles of 32 x 32 in place, and what they leave in another kernel; a skipped step."""
-  monkeypatch.setattr(fused_programs, "is_small", lambda shape: False)
+  monkeypatch.setattr(mosaic_gpu, "is_small", lambda shape: False)
   leaf = make_leaf(shape)
   assert tiles.takes_rectangle(math.prod(shape[:-1]), shape[-1])
   assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
@@ -143,10 +148,10 @@ def test_kernel_any_gradient(dtype):
 @pytest.mark.parametrize("fmt", ["bf16+0", "bf16+8", "bf16+16", "fp16+8"])
 def test_chunks(fmt, statistics, monkeypatch):
   """On a CPU: several chunks and a shorter last one, in a loop; plain XLA's bits."""
-  monkeypatch.setattr(chunked, "CHUNK", 5)
+  monkeypatch.setattr(cpu, "CHUNK", 5)
   formats = STATISTICS[statistics]
   leaf = make_leaf((13, 64), fmt, formats)
-  assert chunked.chunk_rows(26, 1) == [5, 1]
+  assert cpu.chunk_rows(26, 1) == [5, 1]
   assert_trees_equal(step([leaf], None, fmt, formats)[0], plain(leaf, fmt, formats))
   assert_trees_equal(step([leaf], "xla", fmt, formats)[0], plain(leaf, fmt, formats))
 
@@ -156,7 +161,7 @@ def test_chunks(fmt, statistics, monkeypatch):
 )
 def test_chunks_of_short_rows(shape, fmt, monkeypatch):
   """A row may be as long as its scales are (1), or its packed residual (56 bytes at 7 bits)."""
-  monkeypatch.setattr(chunked, "CHUNK", 5)
+  monkeypatch.setattr(cpu, "CHUNK", 5)
   leaf = make_leaf(shape, fmt)
   assert_trees_equal(step([leaf], None, fmt)[0], plain(leaf, fmt))
 
@@ -212,7 +217,7 @@ STACKS = [
 @pytest.mark.parametrize("shape, fmt", STACKS, ids=str)
 def test_stacks(shape, fmt, implementation, monkeypatch):
   """One array of a stack after the other is the stack at once, bit for bit."""
-  monkeypatch.setattr(chunked, "CHUNK", 5)
+  monkeypatch.setattr(cpu, "CHUNK", 5)
   if fmt == "bf16+3" and implementation == "mosaic_gpu":
     pytest.skip("needs packing")
   leaf = make_leaf(shape, fmt)
@@ -220,7 +225,7 @@ def test_stacks(shape, fmt, implementation, monkeypatch):
     wanted = plain(leaf, fmt)
     formats = lowmem.DeltaFormat.parse(fmt), INT8
     call = jax.jit(
-      lambda leaf, i: _xla_in_stack(bound(adam, formats, leaf), formats, False, leaf, None, i)
+      lambda leaf, i: step_in_stack(bound(adam, formats, leaf), formats, False, leaf, None, i)
     )
   else:
     (wanted,) = step([leaf], implementation, fmt)
@@ -262,7 +267,7 @@ def test_a_rule_without_an_update(implementation):
   rule = lambda *args: (None, adam(*args)[1])
   formats = lowmem.DeltaFormat.parse("bf16+8"), INT8
   run = lambda rule: (
-    jax.jit(functools.partial(_xla, bound(rule, formats, leaf), formats, False))(leaf, None)
+    jax.jit(functools.partial(step_leaf, bound(rule, formats, leaf), formats, False))(leaf, None)
     if implementation == "plain" else step([leaf], implementation, rule=rule)[0]
   )  # fmt: skip
   assert_trees_equal(run(rule), (*leaf[1:3], run(adam)[2]))

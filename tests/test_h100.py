@@ -16,7 +16,7 @@ import pytest
 
 import optax_lowmem as lowmem
 import pallas_kernels
-from pallas_kernels import packing
+from pallas_kernels.formats import packing
 
 pytestmark = [
   pytest.mark.h100,

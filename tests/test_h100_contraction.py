@@ -20,10 +20,10 @@ from test_fused_update import INT8, adam, assert_close, make_leaf, plain
 from test_not_finite import IS_BAD, SHAPE, VALUES, assert_not_finite, lion
 
 import optax_lowmem as lowmem
-from pallas_kernels import tiles
-from pallas_kernels.fused_programs import Leaf
-from pallas_kernels.fused_update import _hoisted, fused_update_leaves
-from pallas_kernels.state_formats import BLOCK, Blocks, StateFormat, stored_struct
+from pallas_kernels.formats.state_formats import BLOCK, Blocks, StateFormat, stored_struct
+from pallas_kernels.operations.fused_update import _hoisted, fused_update_leaves
+from pallas_kernels.programs import tiles
+from pallas_kernels.programs.leaf import Leaf
 
 pytestmark = [
   pytest.mark.h100,

@@ -18,9 +18,9 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from pallas_kernels import fused_programs
+from pallas_kernels.programs import mosaic_gpu, xla
 
-by_device_module = sys.modules["pallas_kernels.by_device"]
+by_device_module = sys.modules["pallas_kernels.placement.by_device"]
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 THOROUGH = pytest.mark.thorough
@@ -186,12 +186,10 @@ def calls_on_shards(monkeypatch):
 
   def xla_on_shards(rules, formats, lands, scalars, leaves, when, index, windows):
     calls.append((index, [leaf.low.shape for leaf in leaves]))
-    return fused_programs.on_xla(
-      rules, formats, lands, scalars, leaves, when, index, windows=windows
-    )
+    return xla.step(rules, formats, lands, scalars, leaves, when, index, windows=windows)
 
   monkeypatch.setattr(by_device_module, "_kind", kind)
-  monkeypatch.setattr(fused_programs, "as_kernel", xla_on_shards)
+  monkeypatch.setattr(mosaic_gpu, "step", xla_on_shards)
   return calls
 
 

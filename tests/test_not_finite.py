@@ -12,10 +12,11 @@ import pytest
 from test_fused_update import STATISTICS, adam, bound, make_leaf, step
 
 import optax_lowmem as lowmem
-from pallas_kernels import arithmetic, chunked, state_formats
-from pallas_kernels.fused_programs import _xla, _xla_in_stack
-from pallas_kernels.hoist import hoist
-from pallas_kernels.state_formats import BLOCK, Blocks, StateFormat
+from pallas_kernels.formats import arithmetic, state_formats
+from pallas_kernels.formats.state_formats import BLOCK, Blocks, StateFormat
+from pallas_kernels.programs import cpu
+from pallas_kernels.programs.hoist import hoist
+from pallas_kernels.programs.xla import step_in_stack, step_leaf
 
 BAD = (np.nan, np.inf, -np.inf)
 # Every second row has one such value, at each place of a block. From 128 blocks on, XLA:CPU's
@@ -45,10 +46,10 @@ def run(program, rule, leaf, fmt, formats):
     return step([leaf], None, fmt, formats, rule=rule)[0]
   both = lowmem.DeltaFormat.parse(fmt), formats
   if program == "plain":
-    return jax.jit(functools.partial(_xla, bound(rule, both, leaf), both, False))(leaf, None)
+    return jax.jit(functools.partial(step_leaf, bound(rule, both, leaf), both, False))(leaf, None)
   stack = jax.tree.map(lambda x: jnp.stack([x, x]), leaf[1:4])
   leaf = leaf._replace(**dict(zip(("low", "delta", "statistics"), stack, strict=True)))
-  call = jax.jit(functools.partial(_xla_in_stack, bound(rule, both, leaf), both, False))
+  call = jax.jit(functools.partial(step_in_stack, bound(rule, both, leaf), both, False))
   return jax.tree.map(lambda x: x[1], call(leaf, None, jnp.int32(1)))
 
 
@@ -75,8 +76,8 @@ CASES = [
 def test_programs(program, rule, fmt, name, monkeypatch):
   """One gradient that is not finite, then finite ones."""
   if program == "chunks":
-    monkeypatch.setattr(chunked, "CHUNK", 50)
-    assert math.prod(SHAPE) // BLOCK > 2 * chunked.CHUNK
+    monkeypatch.setattr(cpu, "CHUNK", 50)
+    assert math.prod(SHAPE) // BLOCK > 2 * cpu.CHUNK
   leaf = make_leaf(SHAPE, fmt, STATISTICS[name])
   formats = STATISTICS[name][: 2 if rule is adam else 1]
   leaf = leaf._replace(statistics=leaf.statistics[: len(formats)])

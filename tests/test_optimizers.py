@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from pallas_kernels.state_formats import Blocks
+from pallas_kernels.formats.state_formats import Blocks
 
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 5)
 

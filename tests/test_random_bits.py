@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pallas_kernels import random_bits as rb
+from pallas_kernels.formats import random_bits as rb
 
 N = 1 << 18
 

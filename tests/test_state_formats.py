@@ -8,10 +8,10 @@ import optax
 import pytest
 
 import optax_lowmem as lowmem
-from optax_lowmem._quantize_state import _load
-from pallas_kernels import state_formats
-from pallas_kernels.random_bits import random_bits
-from pallas_kernels.state_formats import BLOCK, NAMES, StateFormat
+from optax_lowmem.transforms.quantize_state import _load
+from pallas_kernels.formats import state_formats
+from pallas_kernels.formats.random_bits import random_bits
+from pallas_kernels.formats.state_formats import BLOCK, NAMES, StateFormat
 
 FORMATS = [StateFormat(name, is_square) for name in NAMES for is_square in (False, True)]
 SCALED = [fmt for fmt in FORMATS if fmt.has_scale]

@@ -1,0 +1,403 @@
+"""The leaves of an elementwise optimizer's step, each stepped alone or with others of its kind.
+
+`lowmem.step` steps all of them at once, a gradient-releasing backward pass each
+when its gradient is there. The state is that of
+`delta_bits(quantize_state(optax.X))`; the mathematics is Optax's: `update` of
+one bare array is the rule that `pallas_kernels.fused_update` applies to a leaf,
+or a kernel to a tile of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem.engine.portable import portable_update
+from optax_lowmem.transforms.delta_bits import DeltaBitsState, _check_residuals, _streams
+from optax_lowmem.transforms.loss_scaling import LossScaleState
+from optax_lowmem.transforms.quantize_state import QuantizedState
+from optax_lowmem.trees import pytrees
+from optax_lowmem.trees.formats import Formats
+from pallas_kernels import DeltaFormat
+from pallas_kernels.formats.state_formats import Blocks, StateFormat
+from pallas_kernels.operations.fused_update import fused_update_leaves
+from pallas_kernels.placement import implementations
+from pallas_kernels.programs.leaf import Leaf, is_small
+from pallas_kernels.programs.tiles import is_in_blocks
+
+# Statistic's name, its value and the gradient -> what `accumulate` makes of it.
+Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
+_OTHER_STATE = (
+  "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
+  " shapes alone."
+)
+
+
+class _Place(NamedTuple):
+  """What a leaf of the optimizer's state is.
+
+  Attributes:
+    path: where it stands in the state of one bare array (of another parameter
+      and without a weight format: where it stands).
+    parameter: the name of the parameter with a weight format whose statistic
+      it is, or None.
+    format: the statistic's.
+  """
+
+  path: tuple
+  parameter: str | None = None
+  format: StateFormat = StateFormat("fp32")
+
+
+class Gradient(NamedTuple):
+  """A gradient to be read by a leaf's step.
+
+  Attributes:
+    value: the array; of a stack of layers, one layer's.
+    factor: a float32 scalar to multiply it by, or None.
+    implementation: as `pallas_kernels.fused_update` takes it.
+  """
+
+  value: jax.Array
+  factor: jax.Array | None = None
+  implementation: implementations.Implementation | None = None
+
+
+class Stored(NamedTuple):
+  """What a leaf is stored in: its weight, its residual, its statistics in order."""
+
+  low: jax.Array
+  residual: jax.Array | None
+  statistics: tuple[Any, ...]
+
+
+class Optimizer:
+  """An elementwise optimizer of Optax.
+
+  Attributes:
+    make: weight-decay mask (None, a tree of bools, one bool) -> Optax's
+      transformation.
+    mask: None, a tree of bools or a prefix of it, or a callable of params.
+    implementation: as `pallas_kernels.fused_update` takes it.
+    fold: what a micro-batch adds to a statistic; or why there is no such thing.
+    is_declared: whether it is a user's, declared elementwise: its float32
+      leaves are stepped alone, too, and its statistics have their own stream.
+  """
+
+  def __init__(
+    self,
+    make: Callable[[Any], optax.GradientTransformation],
+    mask,
+    implementation: implementations.Implementation | None,
+    fold: Fold | str,
+    is_declared: bool = False,
+  ):
+    self.is_declared = is_declared
+    self.make = make
+    self.mask = mask
+    self.implementation = implementation
+    self.fold = fold
+    # Under jit, so that groups of one kind are traced once.
+    self.step_group = jax.jit(self._step_group, static_argnums=0, static_argnames="lands")
+
+  def _step_group(self, kind: "_Kind", leaves, scalars, taken, factor, index, lands=False):
+    inner, paths = self.make(kind.decays), [path for path, _ in kind.statistics]
+
+    def scaled(g):
+      return g if factor is None else g * factor
+
+    def rule(g, w, values):
+      struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
+      if len(jax.tree.leaves(struct)) != len(paths) + len(scalars):
+        raise ValueError(_OTHER_STATE)
+      values, others = dict(zip(paths, values, strict=True)), iter(scalars)
+      state = [values[path] if path in values else next(others) for path, _ in _leaves(struct)]
+      state = jax.tree.unflatten(jax.tree.structure(struct), state)
+      update, state = inner.update(scaled(g), state, w)
+      new = dict(_leaves(state))
+      # A float64 learning rate makes float64 of them.
+      return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
+
+    def fold(g, w, values):
+      assert callable(self.fold)  # or accumulate= is refused
+      pairs = zip(paths, values, strict=True)
+      return None, [self.fold(path[-1].name, x, scaled(g)).astype(w.dtype) for path, x in pairs]
+
+    formats = [fmt for _, fmt in kind.statistics]
+    return fused_update_leaves(
+      fold if kind.folds else rule, leaves, kind.weight, formats, taken, kind.implementation, index,
+      lands,
+    )  # fmt: skip
+
+
+class LeafSteps:
+  """One step of an optimizer, leaf by leaf.
+
+  Attributes:
+    held: the formats of the leaves with a weight format.
+    stored: these leaves before the step, by name.
+    old_rest: the state that `step_rest` starts from.
+  """
+
+  def __init__(self, optimizer: Optimizer, state, params, like):
+    """Reads a `DeltaBitsState` or `QuantizedState`; like is what a callable mask is evaluated on.
+
+    Raises:
+      ValueError: if `can_step` is False, or if the state is not elementwise.
+    """
+    self._optimizer, self._state, self._params = optimizer, state, params
+    weights = pytrees.named_leaves(params)
+    self._delta, self._quantized, inner_state = _parts(state)
+    if optimizer.is_declared:
+      _check_elementwise(inner_state)
+    self.held = _held(optimizer, self._delta, weights)
+    places = _places(self._quantized, inner_state, params, self.held)
+    if places is None:
+      raise ValueError(
+        "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) have no step"
+        " of their own; give mu= or accumulator= instead."
+      )
+    residuals = {}
+    if self._delta is not None:
+      residuals = _check_residuals(self._delta.residuals, weights, self._delta.formats)
+    self._masks, self._decays = _evaluated(optimizer.mask, like, self.held)
+    leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
+    self._places: list[_Place] = places
+    kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
+    self.old_rest = jax.tree.unflatten(self._treedef, kept)
+    one = optimizer.make(None if optimizer.mask is None else True)
+    fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
+    self._scalars = [x for path, x in _leaves(self.old_rest) if path in fixed]
+    self._step = state.step + 1
+    self._of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
+    statistics: dict[str, list[Any]] = {name: [] for name in self._of}
+    for place, leaf in zip(places, leaves, strict=True):
+      if place.parameter:
+        self._of[place.parameter].append(place)
+        statistics[place.parameter].append(leaf)
+    if any(len(self._scalars) + len(of) != len(fixed) for of in self._of.values()):
+      raise ValueError(_OTHER_STATE)
+    self.stored = {
+      name: Stored(weights[name], residuals.get(name), tuple(values))
+      for name, values in statistics.items()
+    }
+
+  @staticmethod
+  def can_step(state, params) -> bool:
+    """False where the composed transformation has to do the step."""
+    if params is None:
+      return False
+    delta, quantized, inner_state = _parts(state)
+    return _places(quantized, inner_state, params, delta.formats) is not None
+
+  @property
+  def has_narrow_statistics(self) -> bool:
+    """Whether a statistic of a weight with a format is stored in less than float32."""
+    return any(place.format.name != "fp32" for of in self._of.values() for place in of)
+
+  def step(
+    self,
+    stored: Mapping[str, Stored],
+    gradients: Mapping[str, Gradient],
+    taken: jax.Array | None = None,
+    index: jax.Array | None = None,
+    micro_batch: jax.Array | None = None,
+    lands: bool = False,
+  ) -> dict[str, Stored]:
+    """Steps the leaves that have a gradient.
+
+    Args:
+      stored: leaves by name.
+      gradients: gradients by name; the leaves' factors are one scalar.
+      taken: a bool: where it is False nothing changes; or None.
+      index: which layer of the stacked leaves has the gradients; or None.
+      micro_batch: fold a micro-batch's gradient into the statistics alone;
+        its number, from 1.
+      lands: make new weights that `optax.apply_updates` reaches, with updates
+        of `pallas_kernels.formats.arithmetic.landing_update`.
+
+    Returns:
+      stored, with these leaves as they are now.
+    """
+    names = list(gradients)
+    part = 0 if micro_batch is None else micro_batch
+    streams = _streams(self._state.key, self._step, names, part)
+    own_streams: dict[str, jax.Array] = {}
+    if self._optimizer.is_declared and self._quantized is not None:
+      own_streams = _streams(self._quantized.key, self._quantized.step + 1, names, part)
+    kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
+    new = dict(stored)
+    shapes = {name: g.value.shape for name, g in gradients.items()}
+    for kind, group in _groups(shapes, kinds):
+      leaves = [
+        Leaf(
+          gradients[name].value, *x[:2], list(x.statistics), streams[name], own_streams.get(name)
+        )
+        for name, x in ((name, stored[name]) for name in group)
+      ]
+      factor = gradients[group[0]].factor
+      results = self._optimizer.step_group(
+        kind, leaves, self._scalars, taken, factor, index, lands=lands
+      )
+      for name, (low, residual, statistics) in zip(group, results, strict=True):
+        new[name] = Stored(low, residual, tuple(statistics))
+    return new
+
+  def _kind(self, name: str, gradient: Gradient, folds: bool) -> "_Kind":
+    statistics = tuple((place.path, place.format) for place in self._of[name])
+    dtype, is_scaled = jnp.result_type(gradient.value), gradient.factor is not None
+    parts = self._decays.get(name), self.held.get(name), statistics, dtype, is_scaled
+    return _Kind(*parts, gradient.implementation, folds)
+
+  def step_rest(self, updates):
+    """Optax's own step of counters and of leaves without a format: (updates, state)."""
+    inner = self._optimizer.make(self._masks)
+    return portable_update(inner, self._rest(updates), self.old_rest, self._rest(self._params))
+
+  def _rest(self, tree):
+    return pytrees.map_named(lambda name, x: optax.MaskedNode() if self.held.get(name) else x, tree)
+
+  def state(self, stored: Mapping[str, Stored], rest, taken: jax.Array | None = None):
+    """The new `DeltaBitsState`, of the leaves and of what `step_rest` returned."""
+    others = iter(jax.tree.leaves(rest))
+    values = {
+      place: value
+      for name, x in stored.items()
+      for place, value in zip(self._of[name], x.statistics, strict=True)
+    }
+    leaves = [values[place] if place.parameter else next(others) for place in self._places]
+    state = jax.tree.unflatten(self._treedef, leaves)
+    more = 1 if taken is None else taken.astype(jnp.int32)
+    if self._quantized is not None:
+      state = self._quantized._replace(step=self._quantized.step + more, inner_state=state)
+    if self._delta is None:
+      return state
+    residuals = {name: x.residual for name, x in stored.items()}
+    return self._delta._replace(
+      step=self._delta.step + more,
+      residuals=pytrees.map_named(lambda name, _: residuals.get(name), self._params),
+      inner_state=state,
+    )
+
+
+def _parts(state):
+  """The state of delta_bits and that of quantize_state, each perhaps None, and what is inside."""
+  delta = state if isinstance(state, DeltaBitsState) else None
+  state = state if delta is None else delta.inner_state
+  quantized = state if isinstance(state, QuantizedState) else None
+  return delta, quantized, state if quantized is None else quantized.inner_state
+
+
+# In whose states masks, or statistics that are stored by ours, cannot be looked through.
+_WRAPPERS = (
+  optax.MaskedState, optax.PartitionState, optax.MultiStepsState, optax.ApplyIfFiniteState,
+  QuantizedState, DeltaBitsState, LossScaleState,
+)  # fmt: skip
+
+
+def _check_elementwise(inner_state):
+  """Raises for what is not elementwise, whatever has been declared."""
+  nodes = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, _WRAPPERS))
+  for node in nodes:
+    if isinstance(node, _WRAPPERS):
+      raise ValueError(
+        f"The optimizer is declared elementwise, but has a {type(node).__name__} inside. A mask"
+        " decides by the whole leaf (lowmem.adamw and lion take mask=); quantize_state stands right"
+        " inside delta_bits, elementwise=True in both, and a loss scale around it."
+      )
+
+
+def _held(optimizer: Optimizer, delta, weights) -> Formats:
+  """The formats of the leaves that are stepped alone."""
+  table = [] if delta is None else list(delta.formats.table)
+  if optimizer.is_declared:
+    known = dict(table)
+    for name, x in weights.items():
+      if name not in known and pytrees.is_half(x):
+        raise ValueError(f"params{name} is {x.dtype} without a weight format; wrap delta_bits.")
+      if name not in known and getattr(x, "dtype", None) == jnp.float32:
+        table.append((name, DeltaFormat.parse("fp32")))
+  return Formats(tuple(table))
+
+
+def _evaluated(mask, like, held):
+  """A mask as Optax takes it, and by name of the leaf."""
+  if callable(mask):  # which sees what an inner transformation sees
+    mask = mask(
+      pytrees.map_named(lambda name, x: x.astype(jnp.float32) if held.get(name) else x, like)
+    )
+  if mask is None:
+    return None, {}
+  # Perhaps a prefix.
+  spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), mask, like)
+  return mask, pytrees.named_leaves(spread)
+
+
+class _Kind(NamedTuple):
+  """What leaves have in common that can be stepped in one kernel: static.
+
+  Attributes:
+    decays: the weight-decay mask of them, None without one.
+    weight: the weights' format.
+    statistics: (path, format) of the statistics, as in `_Place`.
+    gradient: the gradients' dtype.
+    is_scaled: whether the step is to multiply them by a factor.
+    implementation: as `pallas_kernels.fused_update` takes it.
+    folds: whether the gradients go into the statistics alone.
+  """
+
+  decays: bool | None
+  weight: Any
+  statistics: tuple
+  gradient: Any
+  is_scaled: bool
+  implementation: implementations.Implementation | None
+  folds: bool
+
+
+def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:
+  """(kind, names) of the leaves that are stepped together: all small ones of a kind.
+
+  Rows of whole blocks apart, which a kernel takes on a mesh, too.
+  """
+  small: dict[tuple[_Kind, bool], list[str]] = {}
+  for name, kind in kinds.items():
+    if is_small(shapes[name]):
+      small.setdefault((kind, is_in_blocks(shapes[name])), []).append(name)
+    else:
+      yield kind, [name]
+  for (kind, _), names in small.items():
+    yield kind, names
+
+
+def _is_blocks(x) -> bool:
+  return isinstance(x, Blocks)
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _places(quantized, inner_state, params, held: Formats) -> list[_Place] | None:
+  """What the leaves of inner's state are; None where the composed path has to do the step."""
+  weights = dict(_leaves(params))
+  places = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=_is_blocks):
+    start = pytrees.owner(path, weights)
+    weight = None if start is None else weights[path[start:]]
+    known = None if quantized is None else quantized.formats.get(pytrees.name_of(path))
+    is_statistic = known or (
+      weight is not None and jnp.shape(leaf) == weight.shape and pytrees.is_inexact(leaf)
+    )
+    if not is_statistic or not held.get(pytrees.name_of(path[start:])):
+      places.append(_Place(path))
+    elif known is None and leaf.dtype != jnp.float32:
+      return None
+    else:
+      fmt = known.format if known else StateFormat("fp32")
+      places.append(_Place(path[:start], pytrees.name_of(path[start:]), fmt))
+  return places

@@ -1,0 +1,355 @@
+"""Float32 checkpoints as safetensors, written and read one parameter at a time.
+
+The format is eight bytes with the length of a header, the header (JSON: dtype,
+shape and place of each tensor), and the values: written here, since the
+safetensors package takes a whole model at once. A tensor's name is its
+parameter's path joined by dots.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+import json
+import math
+import os
+import struct
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import optax
+
+from optax_lowmem import api
+from optax_lowmem.engine import sessions
+from optax_lowmem.trees import pytrees
+from pallas_kernels.operations.merge import merge
+from pallas_kernels.placement import sharded
+from pallas_kernels.programs import hoist
+
+_NAMES = {
+  "bool": "BOOL",
+  "complex64": "C64",
+  "bfloat16": "BF16",
+  "float8_e4m3fn": "F8_E4M3",
+  "float8_e5m2": "F8_E5M2",
+  **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+  **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+  **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+}
+
+
+def export_safetensors(path: str | os.PathLike, params, opt_state) -> None:
+  """Writes the float32 master weights to a safetensors file, one at a time.
+
+  Never is more than one weight there in float32. Leaves without a format are
+  written as they are. The file appears under its name when it is complete.
+
+  Args:
+    path: the file to write.
+    params: the parameters, in their formats; sharded ones are gathered.
+    opt_state: the state that belongs to them.
+
+  Raises:
+    ValueError: if a residual does not belong to its parameter, if two
+      parameters get one name, or if a leaf cannot be written; it is named.
+
+  Examples:
+    >>> lowmem.export_safetensors("model.safetensors", params, opt_state)
+  """
+  leaves = _by_tensor_name(params)
+  parts = api.master_parts(params, opt_state)
+  structs = {}
+  for name, (where, x) in leaves.items():
+    if not getattr(x, "is_fully_addressable", True):
+      raise ValueError(f"params{where} has shards in other processes; gather it first.")
+    structs[name] = jax.ShapeDtypeStruct(
+      jnp.shape(x), jnp.float32 if where in parts else jnp.result_type(x)
+    )
+  # Wide dtypes first, so that every tensor is aligned.
+  order = sorted(leaves, key=lambda name: (-structs[name].dtype.itemsize, name))
+  header: dict[str, Any] = {"__metadata__": {"format": "flax"}}
+  start = 0
+  for name in order:
+    dtype = _dtype_name(structs[name], leaves[name][0])
+    stop = start + _nbytes(structs[name])
+    header[name] = {"dtype": dtype, "shape": structs[name].shape, "data_offsets": [start, stop]}
+    start = stop
+  encoded = json.dumps(header).encode()
+  encoded += b" " * (-len(encoded) % 8)
+  partial = f"{os.fspath(path)}.partial"
+  with open(partial, "wb") as file:
+    file.write(struct.pack("<Q", len(encoded)) + encoded)
+    for name in order:
+      where, x = leaves[name]
+      x = np.asarray(_merge(*parts[where]) if where in parts else x)
+      file.write(np.ascontiguousarray(x).view(np.uint8) if x.ndim else x.tobytes())
+      del x
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(partial, path)
+
+
+def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation, like):
+  """`lowmem.init` of parameters in a safetensors file, read one at a time.
+
+  Gives what `lowmem.init(tx, params32)` gives, bit for bit; never is more than
+  one weight there in float32.
+
+  Args:
+    path: the file to read.
+    tx: a transformation, as for `lowmem.init`. What it initializes for one
+      parameter may not depend on another's values.
+    like: the tree of parameters, as arrays or `jax.ShapeDtypeStruct`s. Where a
+      leaf has a sharding, its weight, residual and statistics get it (along
+      the axes that it divides evenly), and each device reads its own part of
+      the file.
+
+  Returns:
+    (params, opt_state).
+
+  Raises:
+    ValueError: if the file is none, or if a tensor is missing, has no
+      parameter, or has another shape or dtype; it is named.
+
+  Examples:
+    >>> like = jax.eval_shape(model.init, key, x)["params"]
+    >>> params, opt_state = lowmem.import_safetensors("model.safetensors", tx, like)
+  """
+  structs = jax.tree.map(_struct, like)
+  names = _by_tensor_name(structs)
+  tensors = _read_header(path)
+  for name, (where, x) in names.items():
+    if name not in tensors:
+      raise ValueError(f"{path} has no tensor {name!r} for params{where}.")
+    found_dtype, found_shape, _ = tensors[name]
+    if found_shape != x.shape:
+      raise ValueError(f"{path}: {name!r} has shape {found_shape}; params{where} has {x.shape}.")
+    if found_dtype != (dtype := _dtype_name(x, where)):
+      raise ValueError(f"{path}: {name!r} is {found_dtype}; params{where} is {dtype} ({x.dtype}).")
+  for name in tensors:
+    if name not in names:
+      raise ValueError(f"{path} has a tensor {name!r}, which the parameters do not have.")
+
+  def read(i: int, x: jax.ShapeDtypeStruct):
+    offset = tensors[in_order[i]][2]
+    if not x.size:
+      values: Any = np.zeros(x.shape, x.dtype)
+    else:  # a mapping of its own: its pages do not count once it is dropped
+      values = np.memmap(path, x.dtype, "r", offset, x.shape)
+    part = lambda index: np.array(values[index])  # no view: the file may change later
+    if x.sharding is None:
+      return jnp.asarray(part(...))
+    return jax.make_array_from_callback(x.shape, x.sharding, part)
+
+  in_order = list(names)
+  init = functools.partial(_init_by_leaf, lambda params: api.init(tx, params))
+  meshes: set[Any] = {
+    x.sharding.mesh for x in jax.tree.leaves(structs) if isinstance(x.sharding, NamedSharding)
+  }
+  explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+  if not explicit:
+    return init(structs, read)
+  # Parts of a program would have to carry the shardings in their types; XLA finds them as well.
+  (mesh,) = explicit
+  kinds = (AxisType.Auto,) * len(mesh.axis_names)
+  automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+  with jax.set_mesh(automatic):
+    results = init(jax.tree.map(lambda x: _moved(x, mesh, automatic), structs), read)
+  return jax.tree.map(lambda x: _moved(x, automatic, mesh), results)
+
+
+def _moved(x, source: Mesh, target: Mesh):
+  """An array or struct with its sharding on another mesh of the same devices."""
+  if not isinstance(x.sharding, NamedSharding) or x.sharding.mesh != source:
+    return x
+  sharding = NamedSharding(target, x.sharding.spec)
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.device_put(x, sharding)
+
+
+def _init_by_leaf(init: Callable, structs, read: Callable):
+  """`init` of a tree whose leaves are read one by one.
+
+  Traced once; then, for each leaf, the part of the program that its results
+  need is run, compiled once for leaves of one shape and format.
+  """
+  with sessions.leaf_by_leaf():
+    closed, out = jax.make_jaxpr(init, return_shape=True)(structs)
+  jaxpr = closed.jaxpr
+  leaves = jax.tree.leaves(structs)
+  number = {var: i for i, var in enumerate(jaxpr.invars)}
+  small, values = _small_values(jaxpr, closed.consts)
+  producers = {var: i for i, eqn in enumerate(jaxpr.eqns) if i not in small for var in eqn.outvars}
+  places = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(structs))}
+  out_leaves = jax.tree_util.tree_leaves_with_path(out)
+  groups: dict[int | None, list[int]] = {}
+  for k, (path, _) in enumerate(out_leaves):
+    _, sources = _slice(jaxpr, producers, [jaxpr.outvars[k]])
+    read_by = sorted(number[var] for var in sources if var in number)
+    if len(read_by) > 1:
+      raise ValueError(
+        f"tx.init computes {jax.tree_util.keystr(path)} of several parameters; import the file"
+        " another way, and call lowmem.init."
+      )
+    groups.setdefault(read_by[0] if read_by else _parameter(path, places), []).append(k)
+
+  given_leaf = lambda var: read(number[var], leaves[number[var]])
+  results: list[Any] = [None] * len(out_leaves)
+  compiled: dict[Any, Callable] = {}
+  for i, outputs in groups.items():
+    outvars = [jaxpr.outvars[k] for k in outputs]
+    program, sources = _slice(jaxpr, producers, outvars)
+    eqns = [jaxpr.eqns[j] for j in program]
+    shardings = tuple(_sharding(i, leaves, out_leaves[k][1]) for k in outputs)
+    key: Any = shardings, _structure(eqns, sources, outvars)
+    try:
+      run = compiled.get(key)
+    except TypeError:  # a parameter of an equation that has no hash
+      run, key = None, id(eqns)
+    if run is None:
+      given = None if set(shardings) == {None} else list(shardings)
+      run = jax.jit(functools.partial(_run, eqns, sources, outvars), out_shardings=given)
+      compiled[key] = run
+    new = run([given_leaf(var) if var in number else values[var] for var in sources])
+    jax.block_until_ready(new)  # or reading would run ahead of converting
+    for k, x in zip(outputs, new, strict=True):
+      results[k] = x
+    del new
+  return jax.tree.unflatten(jax.tree.structure(out), results)
+
+
+def _small_values(jaxpr, consts) -> tuple[set[int], dict[Any, Any]]:
+  """What depends on no parameter and is small, random keys above all: equations, and values."""
+  known, small = set(jaxpr.constvars), set()
+  for i, eqn in enumerate(jaxpr.eqns):
+    is_small = all(math.prod(getattr(x.aval, "shape", ())) <= 1024 for x in eqn.outvars)
+    if is_small and all(isinstance(x, Literal) or x in known for x in eqn.invars):
+      small.add(i)
+      known |= set(eqn.outvars)
+  values = dict(zip(jaxpr.constvars, consts, strict=True))
+  for i in sorted(small):  # without jit, which takes far longer
+    hoist.evaluate(jaxpr.eqns[i], values)
+  return small, values
+
+
+def _slice(jaxpr, producers, outvars) -> tuple[list[int], list[Any]]:
+  """The equations that variables come from, and what these read that no equation makes."""
+  pending = [var for var in outvars if not isinstance(var, Literal)]
+  seen, eqns = dict.fromkeys(pending), set()
+  while pending:
+    i = producers.get(pending.pop())
+    if i is None or i in eqns:
+      continue
+    eqns.add(i)
+    for var in jaxpr.eqns[i].invars:
+      if not isinstance(var, Literal) and var not in seen:
+        seen[var] = None
+        pending.append(var)
+  return sorted(eqns), [var for var in seen if var not in producers]
+
+
+def _structure(eqns, sources, outvars):
+  """Equal for programs that differ in the names of variables alone."""
+  numbers = {var: i for i, var in enumerate(sources)}
+
+  def spell(x):
+    if isinstance(x, Literal):
+      return "literal", str(x.aval), np.asarray(x.val).tobytes()
+    return numbers[x]
+
+  lines: list[Any] = [tuple(str(var.aval) for var in sources)]
+  for eqn in eqns:
+    reads = tuple(map(spell, eqn.invars))
+    numbers |= {var: len(numbers) + i for i, var in enumerate(eqn.outvars)}
+    lines.append((eqn.primitive, reads, tuple(sorted(eqn.params.items(), key=lambda x: x[0]))))
+  return (*lines, tuple(map(spell, outvars)))
+
+
+def _run(eqns, sources, outvars, values):
+  """Runs equations; no result shares its buffer with another or with a value."""
+  env = dict(zip(sources, values, strict=True))
+  for eqn in eqns:
+    hoist.evaluate(eqn, env)
+  return [jnp.array(hoist.read(env, var)) for var in outvars]
+
+
+def _parameter(path, places) -> int | None:
+  """The number of the parameter that something in the state belongs to."""
+  for whole in (path, path[:-1]):  # the second for codes and scales
+    if (start := pytrees.owner(whole, places)) is not None:
+      return places[whole[start:]]
+  return None
+
+
+def _sharding(i: int | None, leaves, x):
+  """The sharding of parameter i for something that belongs to it."""
+  sharding = None if i is None else leaves[i].sharding
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  missing = [None] * (len(leaves[i].shape) - len(sharding.spec))
+  whole = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *missing))
+  return sharding if x.shape == leaves[i].shape else sharded.fitted(whole, x.shape)
+
+
+_merge = jax.jit(merge, static_argnums=2)
+
+
+def _by_tensor_name(tree) -> dict[str, tuple[str, Any]]:
+  """(name in errors, leaf) by name in the file."""
+  found: dict[str, tuple[str, Any]] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    where = pytrees.name_of(path)
+    name = jax.tree_util.keystr(pytrees.plain_path(path), simple=True, separator=".") or "params"
+    if name in found:
+      raise ValueError(f"params{where} and params{found[name][0]} would both be named {name!r}.")
+    found[name] = where, leaf
+  return found
+
+
+def _struct(x) -> jax.ShapeDtypeStruct:
+  sharding = getattr(x, "sharding", None)
+  if isinstance(x, jax.Array) and not x.committed:
+    sharding = None
+  return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding)
+
+
+def _nbytes(x) -> int:
+  return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _dtype_name(x, where: str) -> str:
+  name = str(x.dtype)
+  if name not in _NAMES:
+    raise ValueError(f"params{where} is {name}, which safetensors has no name for.")
+  return _NAMES[name]
+
+
+def _read_header(path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+  """(dtype, shape, place in the file) by tensor name."""
+  size = os.path.getsize(path)
+  with open(path, "rb") as file:
+    length = file.read(8)
+    count = struct.unpack("<Q", length)[0] if len(length) == 8 else size
+    if count > size - 8:
+      raise ValueError(f"{path} is no safetensors file, or not all of one.")
+    try:
+      header = json.loads(file.read(count))
+    except ValueError as error:
+      raise ValueError(f"{path} is no safetensors file: its header is not JSON.") from error
+  return dict(_tensors(path, header, 8 + count, size))
+
+
+def _tensors(path, header, data: int, size: int) -> Iterator[tuple[str, Any]]:
+  itemsizes = {short: jnp.dtype(name).itemsize for name, short in _NAMES.items()}
+  for name, entry in header.items():
+    if name == "__metadata__":
+      continue
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    nbytes = math.prod(shape) * itemsizes[dtype] if dtype in itemsizes else stop - start
+    if not 0 <= start <= stop <= size - data or stop - start != nbytes:
+      raise ValueError(f"{path}: {name!r} is {start} to {stop} of {size - data} bytes of values.")
+    yield name, (dtype, shape, data + start)

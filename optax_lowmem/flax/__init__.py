@@ -1,0 +1,1 @@
+"""What Flax loops use."""

@@ -1,0 +1,1 @@
+"""Gradient release: the backward pass applies the optimizer."""

@@ -1,0 +1,211 @@
+"""ema: an exponential moving average of the weights, kept as the weights are."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem.transforms.delta_bits import (
+  Weights,
+  _check_residuals,
+  _formats_for,
+  _streams,
+  _zeros,
+)
+from optax_lowmem.trees import nnx_variables, pytrees
+from optax_lowmem.trees.formats import Formats
+from pallas_kernels import DeltaFormat
+from pallas_kernels.formats import arithmetic
+from pallas_kernels.formats.random_bits import key_words
+from pallas_kernels.operations.merge import merge
+from pallas_kernels.operations.split import split_stream
+
+
+class EmaState(NamedTuple):
+  """State of `ema`.
+
+  Attributes:
+    formats: the formats by leaf name, as in `DeltaBitsState`.
+    count: int32 scalar, the updates so far; it numbers the random bits.
+    key: uint32 [2], raw key data.
+    ema: the sums, the parameters' tree, each leaf in its format.
+    residuals: their residuals, packed as the weights' are; None where there is none.
+    correction: float32 scalar, what the sums are divided by: `1 - decay**count`,
+      or 1 with `debias=False`.
+  """
+
+  formats: Formats
+  count: jax.Array  # type: ignore[assignment] # Optax's name, and a method of tuples
+  key: jax.Array
+  ema: Any
+  residuals: Any
+  correction: jax.Array
+
+
+def ema(
+  decay: jax.typing.ArrayLike,
+  debias: bool = True,
+  *,
+  weights: Weights = "bf16+8",
+  key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.ema` of the weights in 3 bytes a parameter.
+
+  In bfloat16 an average with a decay of 0.999 stands still: its steps are
+  below half a unit in the last place. Here it has a residual and is rounded
+  stochastically, as the weights are. It averages what `update` is given, in
+  float32, and is no member for a chain.
+
+  To begin at the weights and not at zero, without `debias`, make the first
+  update with a decay of 0: `lowmem.ema(0.0, debias=False).update(params32,
+  ema.init(params))`.
+
+  Args:
+    decay: of the average, at least 0 and below 1; may be a traced float32 value.
+    debias: whether to divide by `1 - decay**count`, so that the average is one
+      of the values seen, and not of zeros.
+    weights: formats of the average, as `delta_bits` takes them. Leaves in
+      "fp32", and leaves that are no half precision and no float32, are averaged
+      in float32 (float64 and complex in their own precision).
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+
+  Returns:
+    A transformation with an `EmaState`. `init` takes the parameters, half
+    precision or float32; `update` takes float32 values and returns the average
+    in float32, which is what `lowmem.ema_params` makes of the state.
+
+  Raises:
+    ValueError: for a decay out of range or in half precision, an unknown
+      format, or values that do not belong to the state. The leaf is named.
+    TypeError: for values in half precision: pass `lowmem.master_params`.
+
+  Examples:
+    >>> ema = lowmem.ema(0.999)
+    >>> ema_state = ema.init(params)
+    >>> _, ema_state = ema.update(lowmem.master_params(params, opt_state), ema_state)
+    >>> evaluate(lowmem.ema_params(ema_state))
+
+  References:
+    [Acceleration of Stochastic Approximation by
+    Averaging](https://epubs.siam.org/doi/10.1137/0330046)
+  """
+  _check_decay(decay)
+  if not callable(weights):
+    weights = jax.tree.map(DeltaFormat.parse, weights)
+
+  def init_fn(params):
+    formats = _formats_for(weights, jax.tree.map(_float32_struct, params), converting=True)
+
+    def zeros(name, leaf):
+      fmt = formats.get(name)
+      dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32) if fmt is None else fmt.dtype
+      return jnp.zeros_like(leaf, dtype=dtype)
+
+    def residual(name, leaf):
+      fmt = formats.get(name)
+      return None if fmt is None else _zeros(leaf, fmt)
+
+    return EmaState(
+      formats=formats.marked(params),
+      count=jnp.zeros([], jnp.int32),
+      key=jnp.array(key_words(key), copy=True),  # the state is donated, the caller's key is not
+      ema=pytrees.map_named(zeros, params),
+      residuals=pytrees.map_named(residual, params),
+      correction=jnp.full([], 0.0 if debias else 1.0, jnp.float32),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    del params, extra_args
+    formats = state.formats
+    _check_values(updates, state)
+    sums = pytrees.named_leaves(state.ema)
+    residuals = _check_residuals(state.residuals, sums, formats)
+    count = optax.safe_increment(state.count)
+    # Names that no parameter has: the weights' own rounding draws other bits from the same key.
+    streams = _streams(state.key, count, [f"ema of {name}" for name in formats.by_name])
+
+    def step(name, value):
+      fmt = formats.get(name)
+      old = sums[name] if fmt is None else merge(sums[name], residuals.get(name), fmt)
+      # Not (1 - decay) * value + decay * old: as float32 these two factors are not 1 in sum.
+      new = old + arithmetic.rounded((1 - decay) * (value - old))
+      return (new, None) if fmt is None else split_stream(new, fmt, streams[f"ema of {name}"])
+
+    stepped = {name: step(name, value) for name, value in pytrees.named_leaves(updates).items()}
+    state = EmaState(
+      formats=formats,
+      count=count,
+      key=state.key,
+      ema=pytrees.map_named(lambda name, _: stepped[name][0], updates),
+      residuals=pytrees.map_named(lambda name, _: stepped[name][1], updates),
+      correction=_correction(1 - decay, count) if debias else jnp.ones([], jnp.float32),
+    )
+    return ema_params(state), state
+
+  return nnx_variables.transformation(init_fn, update_fn)
+
+
+def ema_params(ema_state: EmaState):
+  """The average that an `EmaState` holds, in float32: to evaluate or to export.
+
+  Args:
+    ema_state: the state of `ema`.
+
+  Returns:
+    The tree of the parameters; NaN before the first update with `debias`.
+
+  Examples:
+    >>> loss = loss_fn(lowmem.ema_params(ema_state), batch)
+  """
+  state = nnx_variables.pure(ema_state)
+  # As a factor: the same bits in every program, which a division by one scalar has not.
+  factor = 1 / state.correction
+  residuals = pytrees.named_leaves(state.residuals)
+
+  def average(name, x):
+    fmt = state.formats.get(name)
+    x = x if fmt is None else merge(x, residuals.get(name), fmt)
+    return x * factor.astype(x.dtype)
+
+  return nnx_variables.like(ema_state.ema, pytrees.map_named(average, state.ema))
+
+
+def _correction(rest, count):
+  """`1 - decay**count` for `rest = 1 - decay`: a decay of 0.9999 in float32 would be 1e-4 off."""
+  correction = -jnp.expm1(count * jnp.log1p(jnp.asarray(-rest, jnp.float32)))
+  # One value for the state and for the average.
+  return jax.lax.optimization_barrier(correction.astype(jnp.float32))
+
+
+def _check_decay(decay):
+  if jnp.result_type(decay) in pytrees.HALF_DTYPES:
+    raise ValueError(
+      f"decay is a {jnp.result_type(decay)} value, in which 0.999 is 1. Pass"
+      " hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
+    )
+  if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
+    raise ValueError(f"decay is at least 0 and below 1; got {decay}.")
+
+
+def _float32_struct(leaf):
+  """A half-precision leaf as the float32 weight that it stands for."""
+  return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if pytrees.is_half(leaf) else leaf
+
+
+def _check_values(values, state: EmaState):
+  pytrees.check_same_structure(values, state.ema, "The values to average")
+  sums = pytrees.named_leaves(state.ema)
+  for name, x in pytrees.named_leaves(values).items():
+    if pytrees.is_half(x):
+      raise TypeError(
+        f"The value to average at {name} is {x.dtype}; the average is of float32 weights: pass"
+        " lowmem.master_params(params, opt_state)."
+      )
+    if state.formats.get(name) and jnp.result_type(x) != jnp.float32:
+      raise TypeError(f"The value to average at {name} is {jnp.result_type(x)}, not float32.")
+    if jnp.shape(x) != sums[name].shape:
+      raise ValueError(
+        f"The value to average at {name} has shape {jnp.shape(x)}; the average has"
+        f" {sums[name].shape}."
+      )

@@ -1,0 +1,365 @@
+"""delta_bits: half-precision weights whose float32 master is kept in residual bits."""
+
+from collections.abc import Callable, Iterable
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_lowmem.engine import landing, sessions
+from optax_lowmem.engine.portable import portable_update
+from optax_lowmem.transforms.loss_scaling import LossScaleState
+from optax_lowmem.trees import nnx_variables, pytrees
+from optax_lowmem.trees.formats import Formats
+from pallas_kernels import DeltaFormat
+from pallas_kernels.formats import arithmetic, packing
+from pallas_kernels.formats.random_bits import key_words, leaf_id, stream_keys
+from pallas_kernels.operations import checks
+from pallas_kernels.operations.apply_update import apply_update_stream
+from pallas_kernels.operations.merge import merge
+from pallas_kernels.operations.split import split_leaves
+from pallas_kernels.placement import sharded
+
+Weights = Any  # a format, a pytree prefix of formats, or a callable (path, leaf) -> format
+
+
+class DeltaBitsState(NamedTuple):
+  """State of `delta_bits`.
+
+  Attributes:
+    formats: the formats by leaf name, static but for a uint32 scalar whose name
+      in the tree spells them, so that a restore into others is refused.
+    step: int32 scalar, the updates so far; it numbers the random bits.
+    key: uint32 [2], raw key data.
+    residuals: the parameters' tree, each leaf packed as
+      `pallas_kernels.formats.packing` describes, or None where there is none.
+    inner_state: the wrapped transformation's, over float32 master weights.
+  """
+
+  formats: Formats  # first, so that what compares trees leaf by leaf names it first
+  step: jax.Array
+  key: jax.Array
+  residuals: Any
+  inner_state: Any
+
+
+def delta_bits(
+  inner: optax.GradientTransformation | None = None,
+  weights: Weights = "bf16+8",
+  *,
+  key: jax.typing.ArrayLike = 0,
+  update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
+  elementwise: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps weights in half precision, and what a float32 master adds in a few bits.
+
+  Wraps any transformation, which then sees the float32 master weights and
+  float32 gradients; or, without one, stands last in a chain:
+  `optax.chain(optax.adamw(lr), lowmem.delta_bits())`. The updates are such that
+  `optax.apply_updates` gives exactly the weights that the new residuals belong
+  to (up to the sign of zero). Where no float32 update can do that (a weight
+  that crosses zero to a far smaller one, or leaves infinity), the residual
+  follows the weight that is reached; `lowmem.step` has no such limit.
+
+  Leaves that are not half precision pass through with inner's own behaviour.
+
+  Args:
+    inner: the transformation to wrap; `optax.identity()` by default.
+    weights: a format such as "bf16+8", "fp16+8", "bf16+0" or "fp32" (leave
+      alone), a pytree prefix of formats, or a callable `(path, leaf) -> format`
+      with path as in `jax.tree_util.tree_map_with_path`.
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+    update_dtype: float32, or "gradient" for wrappers that demand updates in
+      the gradient's dtype (`optax.apply_if_finite` on bfloat16 gradients). Then
+      the master value is clamped to the cell of the weight that such a coarse
+      update reaches, an error of at most 2**-8 of the update.
+    elementwise: declares that each element's update depends on that element
+      (and counters) alone, and not on masks; `lowmem.fused_backward` needs it.
+
+  Returns:
+    A transformation with a `DeltaBitsState`.
+
+  Raises:
+    ValueError: for an unknown format, missing params, gradients or residuals
+      that do not belong to the parameters, or a hyperparameter of `inner` that
+      is traced in half precision (pass `hyperparam_dtype=jnp.float32` to
+      `optax.inject_hyperparams`). The leaf is named.
+    TypeError: for a half-precision leaf of another dtype than its format's.
+
+  Examples:
+    >>> tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
+    >>> params, opt_state = lowmem.init(tx, params)
+    >>> updates, opt_state = tx.update(grads, opt_state, params)
+    >>> params = optax.apply_updates(params, updates)
+
+  References:
+    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
+    section 3.1; [Mixed Precision Training](https://arxiv.org/abs/1710.03740),
+    section 3.1
+  """
+  inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+  starts_at_zero = getattr(inner.init, "starts_at_zero", False)
+  is_portable = elementwise and not hasattr(inner.update, "elementwise")  # which then is
+  update_of_inner = functools.partial(portable_update, inner) if is_portable else inner.update
+  _refuse_half_hyperparameters(inner)
+  _check_update_dtype(update_dtype)
+  if not callable(weights):
+    weights = jax.tree.map(DeltaFormat.parse, weights)
+
+  def init_fn(params):
+    seed = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
+    session = sessions.current(sessions.InitSession)
+    formats = _formats_for(weights, params, converting=session is not None)
+    streams = _streams(seed, 0, formats.by_name)
+    residuals, masters = {}, {}
+    whole: dict[DeltaFormat, dict[str, jax.Array]] = {}
+    for name, leaf in pytrees.named_leaves(params).items():
+      fmt = formats.get(name)
+      if fmt is None:
+        continue
+      if leaf.dtype == jnp.float32:
+        whole.setdefault(fmt, {})[name] = jnp.asarray(leaf)
+      else:
+        residuals[name] = _zeros(leaf, fmt)
+        masters[name] = arithmetic.widen(leaf)
+    for fmt, leaves in whole.items():
+      pairs = [(leaf, streams[name]) for name, leaf in leaves.items()]
+      # All in one program, unless the caller takes the program apart.
+      runs = [[pair] for pair in pairs] if sessions.is_leaf_by_leaf() else [pairs]
+      parts = [x for run in runs for x in split_leaves(*_columns(run, fmt), not starts_at_zero)]
+      for name, (low, residuals[name], master) in zip(leaves, parts, strict=True):
+        session.convert(name, low)
+        # A state of zeros is one whatever the weights are.
+        masters[name] = leaves[name] if starts_at_zero else master
+    if session is not None:
+      session.found_ours = True
+    with sessions.holding(frozenset(formats.by_name)):
+      inner_state = inner.init(pytrees.map_named(masters.get, params))
+      inner_state = pytrees.sharded_like(inner_state, params)
+    return DeltaBitsState(
+      formats=formats.marked(params),
+      step=jnp.zeros([], jnp.int32),
+      key=seed,
+      residuals=pytrees.map_named(lambda name, _: residuals.get(name), params),
+      inner_state=inner_state,
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    if params is None:
+      raise ValueError("delta_bits needs params: tx.update(grads, state, params); got None.")
+    if landing.is_checking():
+      return landing.mark(updates, state, params, update_dtype)
+    pytrees.check_gradients(updates, params)
+    formats = state.formats
+    weights_by_name = pytrees.named_leaves(params)
+    residuals = _check_residuals(state.residuals, weights_by_name, formats)
+    grads_by_name = pytrees.named_leaves(updates)
+
+    def master(name, leaf):
+      fmt = formats.get(name)
+      return leaf if fmt is None else merge(leaf, residuals.get(name), fmt)
+
+    def wide(name, g):
+      return g if formats.get(name) is None else jnp.asarray(g).astype(jnp.float32)
+
+    inner_updates, inner_state = update_of_inner(
+      pytrees.map_named(wide, updates),
+      state.inner_state,
+      pytrees.map_named(master, params),
+      **extra_args,
+    )
+    next_step = state.step + _was_taken(state.inner_state, inner_state)
+    streams = _streams(state.key, next_step, formats.by_name)
+    session = sessions.current(sessions.StepSession)
+    new_residuals = {}
+
+    def land(name, u):
+      fmt = formats.get(name)
+      if fmt is None:
+        return u
+      low, u = weights_by_name[name], u.astype(jnp.float32)
+      new_low, residual = _apply(low, residuals.get(name), u, fmt, streams[name])
+      if session is not None:
+        new_residuals[name] = residual
+        return sessions.Landed(new_low, session)
+      dtype = jnp.result_type(grads_by_name[name]) if update_dtype == "gradient" else update_dtype
+      u, new_residuals[name] = _land(low, new_low, residual, fmt, dtype)
+      return u
+
+    new_updates = pytrees.map_named(land, inner_updates)
+    new_state = DeltaBitsState(
+      formats=formats,
+      step=next_step,
+      key=state.key,
+      residuals=pytrees.map_named(lambda name, _: new_residuals.get(name), params),
+      inner_state=inner_state,
+    )
+    return new_updates, new_state
+
+  if elementwise:
+    update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
+  return nnx_variables.transformation(init_fn, update_fn)
+
+
+# Under jit, so that leaves of one shape and format are traced once.
+_apply = jax.jit(apply_update_stream, static_argnums=3)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _land(low, new_low, residual, fmt: DeltaFormat, dtype):
+  """The update that takes low to new_low, and the residual of where it lands."""
+
+  def land(low, new_low, residual):
+    delta = packing.unpack(residual, low.shape, fmt)
+    update, delta = arithmetic.land_values(low, new_low, delta, fmt, dtype)
+    return update, packing.pack(delta, fmt)
+
+  return sharded.automatic(land, low, low, new_low, residual)
+
+
+def _columns(pairs, fmt):
+  """(leaf, words) pairs as the first arguments of `split_leaves`."""
+  leaves, words = zip(*pairs, strict=True)
+  return list(leaves), fmt, list(words)
+
+
+def _check_update_dtype(update_dtype):
+  if update_dtype == "gradient":
+    return
+  if isinstance(update_dtype, str) or jnp.dtype(update_dtype) != jnp.float32:
+    raise ValueError(f'update_dtype is jnp.float32 or "gradient"; got {update_dtype!r}.')
+
+
+def _formats_for(weights, params, *, converting: bool) -> Formats:
+  """The format of each leaf that will have one; checks each leaf's dtype against it."""
+  find = weights if callable(weights) else _prefix_lookup(weights, params)
+  table = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = pytrees.name_of(path)
+    fmt = DeltaFormat.parse(find(path, leaf))
+    if pytrees.is_half(leaf) and leaf.dtype != fmt.dtype:
+      raise TypeError(
+        f"params{name} is {leaf.dtype}, but its format {fmt.name} is for {fmt.dtype}; pass the"
+        " matching format in weights=, or float32 parameters to lowmem.init."
+      )
+    is_converted = converting and jnp.result_type(leaf) == jnp.float32
+    if not fmt.is_full_precision and (pytrees.is_half(leaf) or is_converted):
+      table.append((name, fmt))
+  return Formats(tuple(table))
+
+
+def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
+  """Looks a leaf's format up in a pytree prefix of the parameters."""
+  prefix = dict(jax.tree_util.tree_leaves_with_path(weights))
+
+  def entry(path) -> tuple | None:
+    return next((path[:i] for i in range(len(path) + 1) if path[:i] in prefix), None)
+
+  def find(path, leaf):
+    del leaf
+    if (found := entry(path)) is None:
+      raise ValueError(f"weights= has no format for params{pytrees.name_of(path)}.")
+    return prefix[found]
+
+  # An entry for a leaf, for an empty node (None, MaskedNode), or below one.
+  nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
+  used = {entry(path) for path, _ in nodes}
+  empty = {path for path, node in nodes if not jax.tree.leaves(node)}
+  for path in prefix:
+    below_empty = any(path[:i] in empty for i in range(len(path) + 1))
+    if path not in used and not below_empty:
+      raise ValueError(
+        f"weights= has a format for {pytrees.name_of(path)}, which params do not have."
+      )
+  return find
+
+
+def _streams(
+  words, step, names: Iterable[str], micro_batch: jax.typing.ArrayLike = 0
+) -> dict[str, jax.Array]:
+  """Each leaf's words of the random stream at a step, by name."""
+  names = sorted(names)
+  if not names:
+    return {}
+  keys = stream_keys(words, step, [leaf_id(name) for name in names], micro_batch)
+  # Behind a barrier: fused into a leaf's program, its place in keys would make it one of its own.
+  words = jax.lax.optimization_barrier([keys[i] for i in range(len(names))])
+  return dict(zip(names, words, strict=True))
+
+
+def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:
+  """The residual of a half-precision leaf, sharded like it."""
+
+  def zeros(leaf):
+    return packing.pack(sharded.like(jnp.zeros(leaf.shape, jnp.int32), leaf), fmt)
+
+  return sharded.automatic(zeros, leaf, leaf)
+
+
+def _check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, jax.Array]:
+  """The residuals by leaf name, each checked against its weight."""
+  by_name = pytrees.named_leaves(residuals)
+  for name, leaf in weights_by_name.items():
+    fmt = formats.get(name)
+    if fmt is None:
+      if pytrees.is_half(leaf):
+        raise TypeError(
+          f"params{name} is {leaf.dtype}, but it had no format when the state was made from"
+          " float32 parameters. Make the state with lowmem.init(tx, params32), or after casting."
+        )
+      continue
+    checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
+  for name, _ in formats.table:
+    if name not in weights_by_name:
+      raise ValueError(f"The state holds a residual for params{name}, which params do not have.")
+  return by_name
+
+
+def _was_taken(old_inner, new_inner) -> jax.Array | int:
+  """1, or 0 where a loss scale inside skipped the step: then no random bits are used up."""
+  skips = [
+    new.skipped != old.skipped
+    for old, new in zip(
+      pytrees.find_states(old_inner, LossScaleState),
+      pytrees.find_states(new_inner, LossScaleState),
+      strict=True,
+    )
+  ]
+  if not skips:
+    return 1
+  return 1 - jnp.any(jnp.stack(skips)).astype(jnp.int32)
+
+
+def _refuse_half_hyperparameters(inner: optax.GradientTransformation):
+  """Raises if `inner` closes over a traced half-precision scalar.
+
+  `optax.inject_hyperparams` casts hyperparameters to the parameters' dtype,
+  and b2 = 0.999 is 1.0 in bfloat16.
+  """
+  seen: set[int] = set()
+  pending: list[Any] = [inner.init, inner.update]
+  while pending:
+    x = pending.pop()
+    if id(x) in seen:
+      continue
+    seen.add(id(x))
+    if isinstance(x, jax.core.Tracer):
+      if jnp.ndim(x) == 0 and pytrees.is_half(x):
+        raise ValueError(
+          f"A hyperparameter arrives as a traced {x.dtype} value, in which b2 = 0.999 is 1."
+          " Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
+        )
+    elif isinstance(x, functools.partial):
+      pending += [x.func, *x.args, *x.keywords.values()]
+    elif isinstance(x, (tuple, list)):
+      pending += x
+    elif isinstance(x, dict):
+      pending += x.values()
+    elif callable(x):
+      for cell in getattr(x, "__closure__", None) or ():
+        try:
+          pending.append(cell.cell_contents)
+        except ValueError:  # a variable that is not assigned yet
+          pass

@@ -1,0 +1,281 @@
+"""Loss scaling: gradients of a scaled loss, unscaled in float32, bad steps skipped."""
+
+import contextlib
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_lowmem.engine import landing, sessions
+from optax_lowmem.trees import nnx_variables, pytrees
+from pallas_kernels.operations.all_finite import all_finite, scaled
+
+
+class LossScaleState(NamedTuple):
+  """State of `dynamic_loss_scale` and `static_loss_scale`.
+
+  Attributes:
+    scale: float32 scalar, what the next loss is multiplied by.
+    growth_count: int32 scalar, finite steps since the scale last changed.
+    skipped: int32 scalar, steps skipped so far.
+    skipped_in_a_row: int32 scalar, steps skipped since the last finite one.
+    inner_state: the wrapped transformation's.
+  """
+
+  scale: jax.Array
+  growth_count: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+  inner_state: Any
+
+
+def dynamic_loss_scale(
+  inner: optax.GradientTransformation,
+  init_scale: float = 2.0**15,
+  growth_interval: int = 2000,
+  growth_factor: float = 2.0,
+  backoff_factor: float = 0.5,
+  min_scale: float = 1.0,
+  max_scale: float = 2.0**24,
+) -> optax.GradientTransformationExtraArgs:
+  """Unscales gradients, skips steps that overflowed, and adapts the scale.
+
+  Multiply the loss with `lowmem.scale_loss(loss, opt_state)` before it is
+  differentiated. The gradients are unscaled in float32 before `inner` sees
+  them, so clipping belongs inside. If one is not finite, parameters and
+  inner's state stay bit for bit (the updates are -0.0), and the scale shrinks.
+
+  Args:
+    inner: the transformation that gets the unscaled gradients.
+    init_scale: the first scale. 2**15 times a loss of 1 is finite in float16.
+    growth_interval: finite steps in a row after which the scale grows.
+    growth_factor: by which it grows, above 1.
+    backoff_factor: by which it shrinks at an overflow, between 0 and 1.
+    min_scale: the scale shrinks no further.
+    max_scale: the scale grows no further.
+
+  Returns:
+    A transformation with a `LossScaleState`.
+
+  Raises:
+    ValueError: for a scale that is not positive and finite, or factors or an
+      interval that cannot work.
+
+  Examples:
+    >>> tx = lowmem.dynamic_loss_scale(lowmem.delta_bits(optax.adamw(1e-3), "fp16+8"))
+    >>> grads = jax.grad(lambda p: lowmem.scale_loss(loss_fn(p), opt_state))(params)
+    >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+
+  References:
+    [Mixed Precision Training](https://arxiv.org/abs/1710.03740), section 3.2
+  """
+  for name, scale in (
+    ("init_scale", init_scale),
+    ("min_scale", min_scale),
+    ("max_scale", max_scale),
+  ):
+    _check_scale(name, scale)
+  if not min_scale <= init_scale <= max_scale:
+    raise ValueError(
+      f"init_scale lies between min_scale and max_scale; got {min_scale}, {init_scale},"
+      f" {max_scale}."
+    )
+  if growth_interval < 1:
+    raise ValueError(f"growth_interval is at least 1; got {growth_interval}.")
+  if not growth_factor > 1.0:
+    raise ValueError(f"growth_factor is above 1; got {growth_factor}.")
+  if not 0.0 < backoff_factor < 1.0:
+    raise ValueError(f"backoff_factor lies between 0 and 1; got {backoff_factor}.")
+
+  def next_scale(state: LossScaleState, finite):
+    count = jnp.where(finite, state.growth_count + 1, 0)
+    grows = count >= growth_interval
+    grown = jnp.minimum(state.scale * growth_factor, max_scale)
+    shrunk = jnp.maximum(state.scale * backoff_factor, min_scale)
+    scale = jnp.where(finite, jnp.where(grows, grown, state.scale), shrunk)
+    return scale.astype(jnp.float32), jnp.where(grows, 0, count)
+
+  return _loss_scaled(inner, init_scale, next_scale)
+
+
+def static_loss_scale(
+  inner: optax.GradientTransformation, scale: float
+) -> optax.GradientTransformationExtraArgs:
+  """Like `dynamic_loss_scale` with a scale that never changes.
+
+  Steps with a gradient that is not finite are skipped and counted.
+
+  Args:
+    inner: the transformation that gets the unscaled gradients.
+    scale: what the loss is multiplied by.
+
+  Returns:
+    A transformation with a `LossScaleState`.
+
+  Raises:
+    ValueError: for a scale that is not positive and finite.
+
+  Examples:
+    >>> tx = lowmem.static_loss_scale(lowmem.delta_bits(optax.sgd(0.1), "fp16+8"), 128.0)
+
+  References:
+    [Mixed Precision Training](https://arxiv.org/abs/1710.03740), section 3.2
+  """
+  _check_scale("scale", scale)
+  return _loss_scaled(
+    inner, scale, lambda state, finite: (state.scale, state.growth_count + finite)
+  )
+
+
+def with_loss_scale(tx, loss_scale: Literal["dynamic"] | float | None):
+  """The transformation under the loss scale that a train state was asked for."""
+  if loss_scale is None:
+    return tx
+  if isinstance(loss_scale, str):
+    if loss_scale != "dynamic":
+      raise ValueError(f'loss_scale is None, "dynamic" or a number; got {loss_scale!r}.')
+    return dynamic_loss_scale(tx)
+  return static_loss_scale(tx, loss_scale)
+
+
+def loss_scale(opt_state) -> jax.Array:
+  """The loss scale that an optimizer state holds.
+
+  Args:
+    opt_state: any Optax state.
+
+  Returns:
+    float32 scalar; 1.0 where there is no loss scale.
+
+  Raises:
+    ValueError: if it holds more than one.
+
+  Examples:
+    >>> lowmem.loss_scale(opt_state)
+    Array(32768., dtype=float32)
+  """
+  scales = [nnx_variables.pure(s.scale) for s in pytrees.find_states(opt_state, LossScaleState)]
+  if len(scales) > 1:
+    raise ValueError(f"opt_state holds {len(scales)} loss scales; the loss can be scaled by one.")
+  return scales[0] if scales else jnp.ones([], jnp.float32)
+
+
+def scale_loss(loss: jax.typing.ArrayLike, opt_state) -> jax.Array:
+  """The loss, in float32, multiplied by the loss scale of an optimizer state.
+
+  Args:
+    loss: a scalar of any float dtype.
+    opt_state: any Optax state; without a loss scale the factor is 1.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: if opt_state holds more than one loss scale.
+
+  Examples:
+    >>> grads = jax.grad(lambda p: lowmem.scale_loss(loss_fn(p), opt_state))(params)
+  """
+  return jnp.asarray(loss).astype(jnp.float32) * loss_scale(opt_state)
+
+
+def _check_scale(name: str, scale):
+  if isinstance(scale, jax.core.Tracer):
+    return
+  if isinstance(scale, bool) or not isinstance(scale, float | int | np.number | jax.Array):
+    raise TypeError(f"{name} is a number; got {scale!r}.")
+  if not (scale > 0 and math.isfinite(scale)):
+    raise ValueError(f"{name} is positive and finite; got {scale}.")
+
+
+def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationExtraArgs:
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    session = sessions.current(sessions.InitSession)
+    if session is not None:
+      session.found_ours = True
+    return LossScaleState(
+      scale=jnp.array(init_scale, jnp.float32),
+      growth_count=jnp.zeros([], jnp.int32),  # three buffers: each can be donated
+      skipped=jnp.zeros([], jnp.int32),
+      skipped_in_a_row=jnp.zeros([], jnp.int32),
+      inner_state=inner.init(params),
+    )
+
+  def advance(state, finite, inner_state) -> LossScaleState:
+    scale, growth_count = next_scale(state, finite)
+    return LossScaleState(
+      scale=scale,
+      growth_count=growth_count,
+      skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+      inner_state=inner_state,
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    inverse = 1.0 / state.scale
+    unscaled = jax.tree.map(lambda g: unscale(g, inverse), updates)
+    finite = _all_finite(updates, inverse)
+    session = sessions.current(sessions.StepSession)
+    if session is None:
+      is_settled, guarded = lambda x: False, contextlib.nullcontext()
+    else:  # our optimizers unscale where they read, and leave their arrays as they are at a skip
+      is_settled = session.is_settled
+      guarded = session.unless_skipped(finite, updates, unscaled, inverse)
+    with guarded:
+      new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
+    if landing.is_checking():
+      return new_updates, advance(state, finite, inner_state)
+    weights = {} if params is None else pytrees.named_leaves(params)
+    inner_state = jax.tree.map(
+      lambda new, old: new if is_settled(new) else _new_if(finite, new, old),
+      inner_state,
+      state.inner_state,
+    )
+    new_state = advance(state, finite, inner_state)
+
+    def keep(name, update):
+      if not isinstance(update, sessions.Landed):
+        return _keep_if(finite, update)
+      if is_settled(update.low):
+        return update
+      return update.map(lambda low: jnp.where(finite, low, weights[name]))
+
+    return pytrees.map_named(keep, new_updates), new_state
+
+  update_fn.inner, update_fn.advance = inner, advance  # type: ignore[attr-defined] # for release
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def unscale(g, inverse):
+  """A gradient in float32 (or wider), times the factor; what has no derivative stays."""
+  return scaled(jnp.asarray(g), inverse) if pytrees.is_inexact(g) else g
+
+
+def _all_finite(grads, inverse) -> jax.Array:
+  leaves = [jnp.asarray(g) for g in jax.tree.leaves(grads) if pytrees.is_inexact(g)]
+  return all_finite(leaves, inverse)
+
+
+def _new_if(finite, new, old):
+  """The new statistic or the old one, in old's dtype.
+
+  Unscaled gradients are float32, so that the bfloat16 statistics that a bare
+  Optax optimizer makes of bfloat16 parameters would be float32 after a step.
+  """
+  kept = jnp.where(finite, new, old)
+  dtype = getattr(old, "dtype", kept.dtype)
+  return kept if kept.dtype == dtype else kept.astype(dtype)
+
+
+def _keep_if(finite, update):
+  """The update, or one that changes nothing: -0.0 (x + -0.0 is x for every x, -0.0 too)."""
+  if not pytrees.is_inexact(update):
+    is_number = getattr(update, "dtype", None) != jax.dtypes.float0
+    return jnp.where(finite, update, 0).astype(update.dtype) if is_number else update
+  update = jnp.asarray(update)
+  return jnp.where(finite, update, jnp.asarray(-0.0, update.dtype))

@@ -1,0 +1,370 @@
+"""quantize_state: any transformation's statistics in 16 or 8 bits between steps."""
+
+from collections.abc import Collection, Mapping
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_lowmem.engine import landing, sessions
+from optax_lowmem.engine.portable import portable_update
+from optax_lowmem.transforms.delta_bits import _streams, _was_taken
+from optax_lowmem.trees import nnx_variables, pytrees
+from optax_lowmem.trees.formats import Formats, Statistic
+from pallas_kernels.formats import state_formats
+from pallas_kernels.formats.random_bits import key_words, random_bits, statistic_bits
+from pallas_kernels.formats.state_formats import StateFormat
+from pallas_kernels.placement import sharded
+from pallas_kernels.placement.by_device import by_device
+
+# Fields of Optax's states that average squares: not negative, stored as second moments.
+SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
+DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
+
+
+class _Default(str):
+  """A default that can be told from the same string given by a caller."""
+
+
+DEFAULT: Any = _Default("int8")
+
+
+class QuantizedState(NamedTuple):
+  """State of `quantize_state`.
+
+  Attributes:
+    formats: a `Statistic` by leaf name, static but for the scalar that spells
+      them; see `DeltaBitsState`.
+    step: int32 scalar, the updates so far; it numbers the random bits.
+    key: uint32 [2], raw key data.
+    inner_state: the wrapped transformation's, its statistics as
+      `pallas_kernels.formats.state_formats` stores them.
+  """
+
+  formats: Formats
+  step: jax.Array
+  key: jax.Array
+  inner_state: Any
+
+
+def quantize_state(
+  inner: optax.GradientTransformation,
+  formats: Mapping[str, state_formats.Name] | None = None,
+  default: state_formats.Name = "bf16",
+  *,
+  key: jax.typing.ArrayLike = 0,
+  elementwise: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """Stores the statistics of any Optax transformation in 16 or 8 bits between steps.
+
+  A statistic is an array of inner's state that stands at a parameter's place,
+  with its shape, in a field such as `mu`, `nu` or `trace`. inner sees
+  statistics, gradients and parameters in float32 and returns float32 updates.
+  What is no real half-precision or float32 array stays as inner made it.
+
+  Args:
+    inner: the transformation to wrap.
+    formats: "fp32", "bf16", "fp16" or "int8" by field name of inner's state;
+      `{"mu": "int8", "nu": "int8"}` by default.
+    default: the format of every other field.
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+    elementwise: declares that each element's update depends on that element
+      (and counters) alone; see `delta_bits`.
+
+  Returns:
+    A transformation with a `QuantizedState`.
+
+  Raises:
+    ValueError: for an unknown format, or a field that inner's state lacks.
+
+  Examples:
+    >>> tx = lowmem.quantize_state(optax.adabelief(1e-3))
+    >>> tx = lowmem.quantize_state(optax.sgd(0.1, momentum=0.9), {"trace": "int8"})
+
+  References:
+    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861);
+    [CLIP](https://arxiv.org/abs/2103.00020), section 2.5 (half-precision Adam statistics)
+  """
+  by_field = dict(DEFAULT_FORMATS if formats is None else formats)
+  return quantize(inner, by_field, default, key, required=formats or (), elementwise=elementwise)
+
+
+def scale_by_adam(
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  eps: jax.typing.ArrayLike = 1e-8,
+  eps_root: jax.typing.ArrayLike = 0.0,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  *,
+  nesterov: bool = False,
+  mu: state_formats.Name = DEFAULT,
+  nu: state_formats.Name = "int8",
+  key: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam` with its statistics in 16 or 8 bits, for chains of one's own.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    eps_root: added to the second moment under the root.
+    mu_dtype: Optax's dtype of the first moment, in the place of mu.
+    nesterov: whether to use Nesterov momentum.
+    mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
+    nu: format of the second moment.
+    key: an integer seed or a `jax.random` key for stochastic rounding.
+
+  Returns:
+    A transformation with a `QuantizedState`.
+
+  Raises:
+    ValueError: for an unknown format, or if mu and mu_dtype are both given.
+
+  Examples:
+    >>> tx = optax.chain(lowmem.scale_by_adam(), optax.scale(-1e-3), lowmem.delta_bits())
+
+  References:
+    [Adam](https://arxiv.org/abs/1412.6980);
+    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
+  """
+  inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+  return quantize(inner, {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}, "bf16", key)
+
+
+def first_format(name, dtype, argument: str) -> str | None:
+  """The format of a first moment; None where Optax's dtype argument decides."""
+  if dtype is None:
+    return name
+  if not isinstance(name, _Default):
+    raise ValueError(
+      f"{argument}={name!r} and {argument}_dtype={dtype!r} both say how {argument} is stored;"
+      " give one of them."
+    )
+  return None
+
+
+def quantize(
+  inner,
+  by_field: Mapping[str, str | None],
+  default,
+  key,
+  *,
+  required: Collection[str] = (),
+  only_held: bool = False,
+  elementwise: bool = False,
+  starts_at_zero: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """`quantize_state`, field formats checked one by one.
+
+  Args:
+    inner: the transformation to wrap.
+    by_field: formats; None leaves a field as inner made it.
+    default: the format of other fields.
+    key: as `quantize_state`'s.
+    required: fields that have to be there.
+    only_held: leave alone what belongs to a parameter without a weight format
+      (inside `delta_bits`).
+    elementwise: as `quantize_state`'s.
+    starts_at_zero: whether each statistic does, whatever the parameters are.
+
+  Returns:
+    The transformation.
+  """
+  inner = optax.with_extra_args_support(inner)
+  update_of_inner = functools.partial(portable_update, inner) if elementwise else inner.update
+  for name in (*by_field.values(), default):
+    if name is not None:
+      StateFormat(name)
+
+  def init_fn(params):
+    inner_state = pytrees.sharded_like(inner.init(jax.tree.map(_widen, params)), params)
+    table = _find_statistics(inner_state, params, by_field, default, required, only_held)
+    words = jnp.array(key_words(key), copy=True)
+    if (session := sessions.current(sessions.InitSession)) is not None:
+      session.found_ours = True
+    if starts_at_zero:
+      inner_state = _zeros_of(inner_state, table, pytrees.named_leaves(params), words)
+      return QuantizedState(table.marked(params), jnp.zeros([], jnp.int32), words, inner_state)
+    # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
+    if table.table:
+      inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
+    return QuantizedState(
+      formats=table.marked(params),
+      step=jnp.zeros([], jnp.int32),
+      key=words,
+      inner_state=_store(inner_state, table, words, 0, _block_scales(inner_state, table)),
+    )
+
+  def update_fn(updates, state, params=None, **extra_args):
+    table = state.formats
+
+    wide, wide_params = (jax.tree.map(_widen, tree) for tree in (updates, params))
+    if landing.is_checking():
+      return wide, state
+
+    def inner_update(stored):
+      return update_of_inner(wide, _load(stored, table), wide_params, **extra_args)
+
+    updates, after = inner_update(state.inner_state)
+    # Where there are scales, the statistics are computed again for the codes.
+    if scales := _block_scales(after, table):
+      updates, after = inner_update(_read_again(state.inner_state, scales))
+    step = state.step + _was_taken(state.inner_state, after)
+    stored = _store(after, table, state.key, step, scales)
+    return updates, QuantizedState(table, step, state.key, stored)
+
+  if elementwise:
+    update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
+  init_fn.starts_at_zero = starts_at_zero  # type: ignore[attr-defined] # then delta_bits merges nothing
+  return nnx_variables.transformation(init_fn, update_fn)
+
+
+def _zeros_of(inner_state, table: Formats, parameters, words):
+  """A state whose statistics are zeros as they are stored, sharded like their parameters."""
+  traced, formats = {}, {}
+
+  def zeros(name, x):
+    if (known := table.get(name)) is None:
+      return x
+    fmt = known.format
+    if any(isinstance(a, jax.core.Tracer) for a in (x, parameters[known.parameter])):
+      if sharded.explicit(x) is not None:
+        return sharded.automatic(functools.partial(state_formats.zeros_like, fmt=fmt), x, x)
+      traced[name], formats[name] = x, fmt
+      return x
+    if len(x.sharding.device_set) == 1:
+      # From the host: nothing to compile for each shape.
+      struct = state_formats.stored_struct(x.shape, fmt)
+      return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), x.sharding), struct)
+    return _quantize(x, fmt, known.number, words, _block_scale(x, fmt) if fmt.has_scale else None)
+
+  state = pytrees.map_named(zeros, inner_state)
+  if not traced:
+    return state
+  struct = {name: state_formats.stored_struct(x.shape, formats[name]) for name, x in traced.items()}
+
+  def each(xs):
+    return {name: state_formats.zeros_like(x, formats[name]) for name, x in xs.items()}
+
+  def alone(xs):  # no shardings to propagate, and less to compile
+    del xs
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
+
+  programs = {"any": each, "cpu": alone, "gpu": alone, "gpus": each, "mosaic_gpus": each}
+  stored = by_device(programs, traced, like=struct)
+  return pytrees.map_named(lambda name, x: stored.get(name, x), state)
+
+
+def _widen(x):
+  return x.astype(jnp.float32) if pytrees.is_half(x) else x
+
+
+def _find_statistics(inner_state, params, by_field, default, required, only_held) -> Formats:
+  """Each statistic in inner's state, by its name there."""
+  weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  held = sessions.held_names() if only_held else None
+  table: list[tuple[str, Statistic]] = []
+  fields, counts = set(), dict.fromkeys(weights, 0)
+  signed = _signed_squares(inner_state)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
+    start = pytrees.owner(path, weights)
+    if start is None or not isinstance(path[start - 1], jax.tree_util.GetAttrKey):
+      continue
+    weight, parameter = weights[path[start:]], pytrees.name_of(path[start:])
+    if jnp.shape(weight) != jnp.shape(leaf) or leaf.dtype != jnp.float32:
+      continue
+    field = path[start - 1].name
+    fields.add(field)
+    number = counts[path[start:]]
+    counts[path[start:]] += 1
+    name = by_field.get(field, default)
+    if name not in (None, "fp32") and (held is None or parameter in held):
+      fmt = StateFormat(name, is_square=field in SQUARES and path[: start - 1] not in signed)
+      table.append((pytrees.name_of(path), Statistic(fmt, parameter, number)))
+  missing = set(required) - fields
+  if missing and weights:
+    raise ValueError(
+      f"formats= names {sorted(missing)}, which the state has no statistics in; its fields with"
+      f" statistics in float32 are {sorted(fields)}."
+    )
+  return Formats(tuple(table))
+
+
+def _signed_squares(inner_state) -> set[tuple]:
+  """Where a state stands whose `nu` is a momentum, with signs: SM3's."""
+  is_sm3 = lambda x: isinstance(x, optax.ScaleBySM3State)
+  nodes = jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=is_sm3)
+  return {path for path, node in nodes if is_sm3(node)}
+
+
+def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
+  """The scales of the statistics that have any, by name."""
+  named = pytrees.named_leaves(inner_state)
+  formats = {name: x.format for name, x in table.table if x.format.has_scale}
+  return {name: _block_scale(named[name], fmt) for name, fmt in formats.items()}
+
+
+def _store(inner_state, table: Formats, words, step, scales):
+  """Inner's state with its statistics as they are stored."""
+  streams = _streams(words, step, {x.parameter for _, x in table.table})
+
+  def store(name, x):
+    known = table.get(name)
+    if known is None:
+      return x
+    stream = streams[known.parameter]
+    return _quantize(x, known.format, known.number, stream, scales.get(name))
+
+  return pytrees.map_named(store, inner_state)
+
+
+def _load(inner_state, table: Formats):
+  """The inverse of `_store`."""
+
+  def load(name, x):
+    known = table.get(name)
+    return x if known is None else _dequantize(x, known.format)
+
+  return _map_stored(load, inner_state)
+
+
+def _read_again(inner_state, scales):
+  """The stored state, for a second pass."""
+
+  def again(name, x):
+    if name not in scales:
+      return x
+    return sharded.automatic(state_formats.read_again, x.codes, x, scales[name])
+
+  return _map_stored(again, inner_state)
+
+
+def _map_stored(f, inner_state):
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: f(pytrees.name_of(path), x),
+    inner_state,
+    is_leaf=lambda x: isinstance(x, state_formats.Blocks),
+  )
+
+
+# Under jit, so that leaves of one shape and format are traced once.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(x, fmt: StateFormat, index: int, stream, scale):
+  def quantize(x, stream, scale):
+    bits = lambda lane: random_bits(stream, x.shape, lane)
+    return state_formats.quantize(x, fmt, statistic_bits(bits, index), scale)
+
+  return sharded.automatic(quantize, x, x, stream, scale)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _block_scale(x, fmt: StateFormat):
+  return sharded.automatic(functools.partial(state_formats.block_scale, fmt=fmt), x, x)
+
+
+def _dequantize(stored, fmt: StateFormat):
+  like = stored.codes if isinstance(stored, state_formats.Blocks) else stored
+  return sharded.automatic(functools.partial(state_formats.dequantize, fmt=fmt), like, stored)

@@ -1,0 +1,1 @@
+"""Names, formats and variables of the leaves of pytrees."""

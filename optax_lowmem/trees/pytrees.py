@@ -1,0 +1,112 @@
+"""Pytrees: leaf names for errors, and the places of our states in an opt_state."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.placement import sharded
+
+HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def name_of(path) -> str:
+  """A leaf's name in errors and in format tables, such as "['dense']['kernel']"."""
+  return jax.tree_util.keystr(plain_path(path)) or "params"
+
+
+def plain_path(path):
+  """A leaf's path, the same with and without NNX variables."""
+  return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+
+
+def named_leaves(tree) -> dict[str, Any]:
+  """The leaves by name; None and MaskedNode are no leaves."""
+  return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(f, tree, *rest):
+  """`jax.tree.map` with the leaf's name first."""
+  return jax.tree_util.tree_map_with_path(lambda path, *xs: f(name_of(path), *xs), tree, *rest)
+
+
+def owner(path, weights) -> int | None:
+  """Where the longest path of a parameter begins that a path in inner's state ends in."""
+  return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
+
+
+def is_half(x) -> bool:
+  """True for a bfloat16 or float16 array."""
+  return getattr(x, "dtype", None) in HALF_DTYPES
+
+
+def is_float(x) -> bool:
+  """True for a real floating-point array or scalar (not float0)."""
+  return jnp.issubdtype(jnp.result_type(x), jnp.floating) if _has_value(x) else False
+
+
+def is_inexact(x) -> bool:
+  """True for a floating-point or complex array or scalar (not float0)."""
+  return jnp.issubdtype(jnp.result_type(x), jnp.inexact) if _has_value(x) else False
+
+
+def _has_value(x) -> bool:
+  dtype = getattr(x, "dtype", None)
+  return dtype != jax.dtypes.float0 and not (
+    dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+  )
+
+
+def sharded_like(inner_state, params):
+  """A state whose arrays at parameters' places, and of their shapes, are sharded like them."""
+  weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+  def place(path, x):
+    start = owner(path, weights)
+    if start is None or not isinstance(x, jax.Array):
+      return x
+    parameter = weights[path[start:]]
+    is_alike = is_float(parameter) and jnp.shape(parameter) == x.shape
+    return sharded.like(x, parameter) if is_alike else x
+
+  return jax.tree_util.tree_map_with_path(place, inner_state)
+
+
+def find_states(tree, kind: type) -> Iterator[Any]:
+  """Every state of a type in an opt_state, outer ones first."""
+  for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)):
+    if isinstance(node, kind):
+      yield node
+      yield from find_states(getattr(node, "inner_state", None), kind)
+
+
+def check_same_structure(tree, params, what: str):
+  """Raises a ValueError that names the first leaf in which two trees differ."""
+  if jax.tree.structure(tree) == jax.tree.structure(params):  # type: ignore[operator]
+    return
+  found, wanted = named_leaves(tree), named_leaves(params)
+  for name in wanted:
+    if name not in found:
+      raise ValueError(f"{what} have no leaf {name}, which params have.")
+  for name in found:
+    if name not in wanted:
+      raise ValueError(f"{what} have a leaf {name}, which params do not have.")
+  raise ValueError(
+    f"{what} and params have the same leaves in different containers:"
+    f" {jax.tree.structure(tree)} and {jax.tree.structure(params)}."
+  )
+
+
+def check_gradients(grads, params, what: str = "grads"):
+  """Raises where gradients cannot belong to params, naming the leaf."""
+  check_same_structure(grads, params, what)
+  wanted = named_leaves(params)
+  for name, g in named_leaves(grads).items():
+    p = wanted[name]
+    if jnp.shape(g) != jnp.shape(p):
+      raise ValueError(f"{what}{name} has shape {jnp.shape(g)}; its parameter has {jnp.shape(p)}.")
+    if is_float(p) and not is_float(g):
+      raise TypeError(
+        f"{what}{name} is {jnp.result_type(g)}; the gradient of a {p.dtype} parameter is a float."
+      )

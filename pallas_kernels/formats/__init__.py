@@ -1,0 +1,1 @@
+"""How values are stored: formats, rounding, packing, random bits, on arrays and on tiles."""

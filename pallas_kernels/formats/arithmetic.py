@@ -1,0 +1,348 @@
+"""The arithmetic of split and merge: pure functions on arrays of any shape.
+
+XLA calls them on whole arrays and a kernel on a tile in registers. Everything
+is integer arithmetic on float bit patterns: the results are the same bits on
+every backend, subnormals do not depend on a flush mode, and nothing rests on a
+float32 -> bfloat16 -> float32 round trip, which XLA:GPU removes.
+
+Vocabulary. The magnitude of a float on the fine grid (dtype + extra bits) is a
+`code`, an integer whose neighbours are the neighbouring magnitudes. The weight
+takes the upper part of it, `low`, and the residual is the difference,
+`delta = code - (low << extra_bits)`. Where low is zero it cannot carry a
+sign, and delta does.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats.weights import GRIDS, DeltaFormat, FloatGrid, Rounding
+
+_U32, _I32 = jnp.uint32, jnp.int32
+F32_INF = 0x7F800000
+F32_MAX = 0x7F7FFFFF
+F32_MANTISSA = 23
+F32_BIAS = 127
+
+
+def bits_of(x):
+  """float32 -> its bit pattern, uint32."""
+  return jax.lax.bitcast_convert_type(x, _U32)
+
+
+def float_of(bits):
+  """uint32 bit pattern -> float32."""
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def low_bits_of(low):
+  """A narrow float -> its bit pattern, uint32."""
+  unsigned = jnp.dtype(f"uint{low.dtype.itemsize * 8}")
+  return jax.lax.bitcast_convert_type(low, unsigned).astype(_U32)
+
+
+def low_of(bits, dtype):
+  """uint32 bit pattern -> a narrow float."""
+  unsigned = jnp.dtype(f"uint{jnp.dtype(dtype).itemsize * 8}")
+  return jax.lax.bitcast_convert_type(bits.astype(unsigned), dtype)
+
+
+def _round_off(code, shift, rounding: Rounding, bits):
+  """`code / 2**shift` rounded to an integer; shift is 0 to 31, scalar or array."""
+  if isinstance(shift, int) and shift == 0:
+    return code
+  if rounding == "stochastic":
+    # `shift` uniform bits carry into the floor as often as the rest is larger than others. They
+    # are taken off the top, in two steps where a shift by 32, which is undefined, could occur.
+    if isinstance(shift, int):
+      uniform = ~bits >> _U32(32 - shift)
+    else:
+      uniform = (~bits >> _U32(1)) >> (_U32(31) - shift)
+    return (code + uniform) >> _U32(shift)
+  shift = _U32(shift) if isinstance(shift, int) else shift
+  floor = code >> shift
+  if rounding == "truncate":
+    return floor
+  rest = code & ((_U32(1) << shift) - _U32(1))
+  # Twice the rest against 2**shift, ties to even: the odd floor tips a tie.
+  return floor + ((rest << _U32(1)) + (floor & _U32(1)) > (_U32(1) << shift)).astype(_U32)
+
+
+def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bits, max_code: int):
+  """Rounds a float32 magnitude onto a grid.
+
+  Args:
+    magnitude: uint32, float32 bit patterns without their sign.
+    grid: the narrow dtype.
+    extra_bits: how many bits finer than the dtype the grid is.
+    rounding: "nearest" (ties to even), "stochastic" or "truncate".
+    bits: random uint32 where rounding is stochastic: its upper bits are used.
+    max_code: where finite values saturate.
+
+  Returns:
+    uint32 codes; infinities and NaN give the dtype's, shifted by extra_bits.
+  """
+  drop = F32_MANTISSA - grid.mantissa_bits - extra_bits  # bits that the grid lacks
+  if grid.bias == F32_BIAS:
+    code = _round_off(magnitude, drop, rounding, bits)
+  else:
+    # Below the dtype's normal range the grid is absolute: the significand, its
+    # leading one made explicit, loses one more bit for each binade.
+    exponent = magnitude >> _U32(F32_MANTISSA)
+    first_normal = F32_BIAS + 1 - grid.bias
+    depth = jnp.maximum(_U32(first_normal), exponent) - exponent
+    significand = (magnitude & _U32(0x7FFFFF)) | _U32(0x800000)
+    beyond = _U32((F32_BIAS + grid.bias + 2) << F32_MANTISSA)  # saturates, without overflow
+    normal = jnp.minimum(magnitude, beyond) - _U32((first_normal - 1) << F32_MANTISSA)
+    code = jnp.where(depth > _U32(0), significand, normal)
+    if drop < 0:  # a grid finer than float32's own
+      code = code << _U32(-drop)
+    shift = depth + _U32(max(drop, 0))
+    excess = jnp.clip(shift, _U32(31), _U32(62)) - _U32(31)  # past it nothing is left
+    code = _round_off(code >> excess, jnp.minimum(shift, _U32(31)), rounding, bits)
+  code = jnp.minimum(code, _U32(max_code))
+  code = jnp.where(magnitude == _U32(F32_INF), _U32(grid.inf_code << extra_bits), code)
+  return jnp.where(magnitude > _U32(F32_INF), _U32(grid.nan_code << extra_bits), code)
+
+
+def _narrow(x_bits, grid: FloatGrid, low):
+  """Puts x's sign on `low` codes; a zero is negative only where x is -0.0."""
+  sign = jnp.where(low == _U32(0), x_bits == _U32(0x80000000), (x_bits >> _U32(31)) == _U32(1))
+  return low | (sign.astype(_U32) << _U32(grid.width - 1))
+
+
+def round_to(x, dtype, rounding: Rounding, bits=None, *, saturate=True):
+  """float32 -> a narrow dtype; past its largest value it saturates, or overflows as IEEE does."""
+  grid = GRIDS[jnp.dtype(dtype)]
+  x_bits = bits_of(x)
+  top = grid.max_code if saturate else grid.inf_code
+  code = to_code(x_bits & _U32(0x7FFFFFFF), grid, 0, rounding, bits, top)
+  return low_of(_narrow(x_bits, grid, code), dtype)
+
+
+def widen(low):
+  """bfloat16 or float16 -> float32, exactly and by bits (see the module's first paragraph)."""
+  return merge_values(low, None, DeltaFormat(low.dtype, 0))
+
+
+def as_float32(x):
+  """Any real float array in float32; half precision by its bits."""
+  return widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
+
+
+def rounded(x):
+  """A product that is going to be added to something, rounded to float32 first.
+
+  A compiler may contract a multiplication and an addition to one operation
+  that rounds once, in one program and not in another. It cannot see that this
+  changes nothing. (It removes `jax.lax.reduce_precision`.)
+  """
+  return jax.lax.select(x == x, x, jnp.full_like(x, jnp.nan))
+
+
+def keep_apart(x, zero):
+  """`rounded` for one instruction; zero is a float32 0 that the compiler does not know."""
+  return float_of(bits_of(x) ^ bits_of(jnp.full_like(x, zero)))
+
+
+def sign_of(x):
+  """`jnp.sign` of a float, in a Mosaic GPU kernel, too, whose own of NaN is 1 or -1."""
+  one = float_of((bits_of(x) & _U32(0x80000000)) | _U32(0x3F800000))
+  return jnp.where(jnp.abs(x) > 0, one, x)  # zeros and NaN as they are
+
+
+def split_values(x, fmt: DeltaFormat, bits):
+  """float32 -> (low, delta): see `pallas_kernels.split`.
+
+  Args:
+    x: float32, any shape.
+    fmt: the format.
+    bits: random uint32 of x's shape where the format needs them, else None.
+      The upper bits choose the grid point and the lower ones the direction.
+
+  Returns:
+    low in the format's dtype, and delta as int32 (None where it has no bits).
+  """
+  k = fmt.extra_bits
+  x_bits = bits_of(x)
+  code = to_code(x_bits & _U32(0x7FFFFFFF), fmt.grid, k, fmt.rounding, bits, fmt.max_code)
+  if k == 0:
+    return low_of(_narrow(x_bits, fmt.grid, code), fmt.dtype), None
+  if fmt.low_rounding == "nearest":  # a tie goes away from zero: -2**(k-1) fits, 2**(k-1) does not
+    low = (code + _U32(1 << (k - 1))) >> _U32(k)
+  elif fmt.low_rounding == "stochastic":
+    low = (code + (bits & _U32((1 << k) - 1))) >> _U32(k)
+    if fmt.max_code != F32_MAX:  # a direction drawn upwards stays finite
+      low = jnp.where(code <= _U32(fmt.max_code), jnp.minimum(low, _U32(fmt.grid.max_code)), low)
+  else:
+    low = code >> _U32(k)
+  delta = (code - (low << _U32(k))).astype(_I32)
+  is_negative = (x_bits >> _U32(31)) == _U32(1)
+  delta = jnp.where((low == _U32(0)) & is_negative, -delta, delta)
+  return low_of(_narrow(x_bits, fmt.grid, low), fmt.dtype), delta
+
+
+def _fine_code(low, delta, k: int):
+  """(low, delta) -> the sign and the code on the fine grid, both uint32."""
+  low_bits = low_bits_of(low)
+  code, sign = low_bits & _U32(0x7FFF), low_bits >> _U32(15)
+  if k == 0:
+    return sign, code
+  total = (code << _U32(k)).astype(_I32) + delta
+  takes_sign = (code == _U32(0)) & (delta != _I32(0))
+  sign = jnp.where(takes_sign, (delta < _I32(0)).astype(_U32), sign)
+  return sign, jnp.abs(total).astype(_U32)
+
+
+def _is_special(code, fmt: DeltaFormat):
+  """Where a weight's code alone is the value: NaN, and infinities.
+
+  At bf16+16 infinity may stand for a finite value just below it.
+  """
+  holds_all = fmt.dtype == jnp.bfloat16 and fmt.extra_bits == 16
+  return code >= _U32(fmt.grid.inf_code + holds_all)
+
+
+def merge_values(low, delta, fmt: DeltaFormat):
+  """(low, delta) -> float32: the exact inverse of `split_values` on its range.
+
+  Args:
+    low: the weight, in the format's dtype.
+    delta: int32 of its shape, or None where the format has no residual.
+    fmt: the format.
+
+  Returns:
+    float32 of low's shape.
+  """
+  grid, k = fmt.grid, fmt.extra_bits
+  if grid.bias == F32_BIAS:
+    return _merge_bfloat16(low, delta, k)
+  sign, fine = _fine_code(low, delta, k)
+  drop = F32_MANTISSA - grid.mantissa_bits - k
+  magnitude = fine << _U32(drop) if drop >= 0 else fine >> _U32(-drop)
+  # An exact product: at most 24 significant bits times a power of two.
+  ulp = 2.0 ** (1 - grid.bias - grid.mantissa_bits - k)
+  subnormal = bits_of(fine.astype(_I32).astype(jnp.float32) * jnp.float32(ulp))
+  magnitude = jnp.where(
+    fine < _U32(1 << (grid.mantissa_bits + k)),
+    subnormal,
+    magnitude + _U32((F32_BIAS - grid.bias) << F32_MANTISSA),
+  )
+  code = low_bits_of(low) & _U32(0x7FFF)
+  special = (code << _U32(F32_MANTISSA - grid.mantissa_bits)) | _U32(F32_INF)
+  return float_of(jnp.where(_is_special(code, fmt), special, magnitude) | (sign << _U32(31)))
+
+
+def _merge_bfloat16(low, delta, k: int):
+  """`merge_values` of bfloat16, float32's upper half: the residual is added to the bits."""
+  bits = low_bits_of(low) << _U32(16)
+  if delta is None or k == 0:
+    return float_of(bits)
+  moved = delta.astype(_U32) << _U32(16 - k)
+  from_zero = jnp.where(delta < _I32(0), (_U32(0) - moved) | _U32(0x80000000), moved)
+  takes_sign = ((bits << _U32(1)) == _U32(0)) & (delta != _I32(0))
+  value = jnp.where(takes_sign, from_zero, bits + moved)
+  magnitude = bits & _U32(0x7FFFFFFF)
+  # Infinity may stand for a finite value just below it at 16 bits; NaN has no residual.
+  is_special = magnitude > _U32(F32_INF) if k == 16 else magnitude >= _U32(F32_INF)
+  return float_of(jnp.where(is_special, bits, value))
+
+
+def apply_values(low, delta, update, fmt: DeltaFormat, bits):
+  """Adds a float32 update to the master value and splits the sum.
+
+  Args:
+    low: the weight, in the format's dtype.
+    delta: int32 of its shape, or None where the format has no residual.
+    update: float32 of its shape.
+    fmt: the format.
+    bits: random uint32 of its shape where the format needs them, else None.
+
+  Returns:
+    The new (low, delta).
+  """
+  x = merge_values(low, delta, fmt)
+  new_x = x + update
+  new_low, new_delta = split_values(new_x, fmt, bits)
+  if fmt.low_rounding == "stochastic" and new_delta is not None:
+    # A value that stays keeps the direction that was drawn for it.
+    stays = bits_of(x) == bits_of(new_x)
+    new_low, new_delta = jnp.where(stays, low, new_low), jnp.where(stays, delta, new_delta)
+  return new_low, new_delta
+
+
+def landing_update(old_low, low):
+  """The float32 update of `land_values`, which the weights alone decide on."""
+  return _landing(old_low, low, jnp.float32)[0]
+
+
+def _landing(old_low, low, update_dtype):
+  """An update in float32; where it is to change nothing; where both weights are finite."""
+  old, new = widen(old_low), widen(low)
+  top = jnp.float32(jnp.finfo(update_dtype).max)
+  # By bits, which a kernel can look at.
+  old_is_finite, new_is_finite = (
+    (bits_of(x) & _U32(0x7FFFFFFF)) < _U32(F32_INF) for x in (old, new)
+  )
+  old_is_inf = (bits_of(old) & _U32(0x7FFFFFFF)) == _U32(F32_INF)
+  difference = new - old
+  finite = old_is_finite & new_is_finite
+  clipped = jnp.minimum(jnp.maximum(difference, -top), top)
+  update = jnp.where(finite, clipped, difference)
+  # x + (-0.0) is x for every x. From infinity no finite weight can be reached.
+  stays = (low_bits_of(old_low) == low_bits_of(low)) | (old_is_inf & new_is_finite)
+  return jnp.where(stays, jnp.float32(-0.0), update), stays, finite
+
+
+def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
+  """The update that `optax.apply_updates` can add to `old_low`, and where it lands.
+
+  `optax.apply_updates` computes `(old + update).astype(old.dtype)`. Mostly a
+  float32 update takes it to `low` exactly. Where none does (a weight that
+  crosses zero to a far smaller one, that leaves infinity, or whose difference
+  overflows), the weight is the one that is reached, and the residual the
+  nearest to the master value in that weight's cell.
+
+  Args:
+    old_low: the weight that the update will be added to.
+    low: the weight that the new master value was split into.
+    delta: int32, its residual, or None where the format has none.
+    fmt: the format.
+    update_dtype: float32, or a half-precision dtype.
+
+  Returns:
+    (update, delta), such that the residual belongs to the weight that is reached.
+  """
+  k = fmt.extra_bits
+  old = widen(old_low)
+  update, stays, finite = _landing(old_low, low, update_dtype)
+  if jnp.dtype(update_dtype) != jnp.float32:
+    # Where the difference of the weights is too fine for this dtype, aim at the master value.
+    rounded = round_to(update, update_dtype, "nearest")
+    aimed = round_to(merge_values(low, delta, fmt) - old, update_dtype, "nearest")
+    exact = (widen(rounded) == update) | stays | ~finite
+    update = jnp.where(exact, rounded, aimed)
+  if k == 0:
+    return update, None
+  reached = old + (update if update.dtype == jnp.float32 else widen(update))
+  landed = low_bits_of(round_to(reached, fmt.dtype, "nearest", saturate=False))
+  landed_code = landed & _U32(0x7FFF)
+  sign, fine = _fine_code(low, delta, k)
+  # The master value's code along the landed weight's direction; upwards where that is zero.
+  is_zero = landed_code == _U32(0)
+  against = sign != jnp.where(is_zero, _U32(0), landed >> _U32(15))
+  fine = fine.astype(_I32)
+  along = jnp.where(against, -fine, fine)
+  base = (landed_code << _U32(k)).astype(_I32)
+  lowest = jnp.where(is_zero, _I32(-fmt.max_delta), base - _I32(fmt.half_cell))
+  in_cell = jnp.clip(along, lowest, base + _I32(fmt.max_delta)) - base
+  in_cell = jnp.where(_is_special(landed_code, fmt), _I32(0), in_cell)
+  lands = (landed == low_bits_of(low)) | (is_zero & ((low_bits_of(low) & _U32(0x7FFF)) == _U32(0)))
+  return update, jnp.where(lands, delta, in_cell)
+
+
+def move_values(low, delta, update, fmt: DeltaFormat, bits, lands: bool):
+  """`apply_values`; with lands, the residual of the weight that `landing_update` reaches."""
+  new_low, new_delta = apply_values(low, delta, update, fmt, bits)
+  if lands:
+    _, new_delta = land_values(low, new_low, new_delta, fmt, jnp.float32)
+  return new_low, new_delta

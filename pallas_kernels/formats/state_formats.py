@@ -1,0 +1,324 @@
+"""How optimizer statistics are stored between steps: 32, 16 or 8 bits a value.
+
+- "fp32": as they are.
+- "bf16": rounded stochastically. Rounded to nearest, an average with a decay
+  of 0.999 would stand still: a step of 0.1% is less than half of its grid.
+- "fp16": float16 of the value over its block's scale, rounded stochastically.
+- "int8": integers c of the value `scale * (c / 127)**2` with a sign, or, for a
+  second moment, of the root `scale * c / 255`; rounded stochastically.
+
+A block is 32 neighbours along the last axis (the last one may be short), its
+scale the largest magnitude, rounded up to bfloat16. So every leading axis, and
+the last in whole blocks, can be sharded without changing a value.
+
+A second moment (`is_square`) that has a scale is stored through its square
+root, unsigned. A positive one is never rounded to zero: Adam divides by it.
+
+Rounding is unbiased in what is stored. Why these laws, and what others do:
+`docs/state_formats.md`.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import arithmetic
+
+_U32, _I32 = jnp.uint32, jnp.int32
+
+BLOCK = 32
+Name = Literal["fp32", "bf16", "fp16", "int8"]
+NAMES = get_args(Name)
+# Below it the largest code over the scale overflows.
+MIN_SCALE = 2.0**-103
+# The square of a smaller root does not survive a step; the least code of "int8" stands for more.
+MIN_ROOT = 2.0**-62
+MIN_ROOT_SCALE = 2.0**-54
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFormat:
+  """The format of one statistic.
+
+  Args:
+    name: "fp32", "bf16", "fp16" or "int8".
+    is_square: True for a second moment: it is not negative, and its square
+      root is what matters.
+
+  Raises:
+    ValueError: for another name.
+
+  Examples:
+    >>> StateFormat("int8", is_square=True).bits_per_value
+    8.5
+  """
+
+  name: Name
+  is_square: bool = False
+
+  def __post_init__(self):
+    if self.name not in NAMES:
+      raise ValueError(f"A state format is one of {NAMES}; got {self.name!r}.")
+
+  @property
+  def has_scale(self) -> bool:
+    """True where the values are stored in blocks with a scale."""
+    return self.name in ("fp16", "int8")
+
+  @property
+  def dtype(self):
+    """The dtype of the stored values."""
+    if self.name == "int8":
+      return jnp.dtype(jnp.uint8 if self.is_square else jnp.int8)
+    return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[self.name])
+
+  @property
+  def bits_per_value(self) -> float:
+    """Bits a value, its share of a full block's scale included."""
+    return self.dtype.itemsize * 8 + (16 / BLOCK if self.has_scale else 0)
+
+  @property
+  def levels(self) -> int:
+    """The largest code of "int8"."""
+    return 255 if self.is_square else 127
+
+  @property
+  def top(self) -> float:
+    """What the largest code stands for, in steps: 255, or 127 squared."""
+    return float(self.levels if self.is_square else self.levels**2)
+
+
+class Blocks(NamedTuple):
+  """A statistic in blocks along its last axis.
+
+  Attributes:
+    codes: [..., n], the values over their scales.
+    scale: bfloat16 [..., ceil(n / 32)]; a scalar's is a scalar.
+  """
+
+  codes: Any  # arrays, or what stands for them in a tree of shapes or shardings
+  scale: Any
+
+
+def stored_struct(shape: tuple[int, ...], fmt: StateFormat):
+  """What `quantize` returns for a shape, as `jax.ShapeDtypeStruct`s."""
+  codes = jax.ShapeDtypeStruct(shape, fmt.dtype)
+  if not fmt.has_scale:
+    return codes
+  scale = (*shape[:-1], -(-shape[-1] // BLOCK)) if shape else ()
+  return Blocks(codes, jax.ShapeDtypeStruct(scale, jnp.bfloat16))
+
+
+def quantize(
+  x: jax.Array, fmt: StateFormat, bits: jax.Array | None, scale: jax.Array | None = None
+):
+  """float32 -> its storage.
+
+  A block that holds an infinity or a NaN becomes one of NaN and infinity.
+
+  Args:
+    x: float32 [...].
+    fmt: the format.
+    bits: random uint32 [...], of which the upper 16 are used; None at "fp32".
+    scale: `block_scale` of x, where it is computed apart.
+
+  Returns:
+    `Blocks`, or an array where the format has no scale.
+  """
+  if fmt.name == "fp32":
+    return x
+  if fmt.name == "bf16":
+    return _keep_positive(x, arithmetic.round_to(x, jnp.bfloat16, "stochastic", bits), fmt)
+  x_KxB, bits_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x), _in_blocks(bits)
+  if scale is None:
+    scale = block_scale(x, fmt)
+  codes = encode(x_KxB, scale.reshape(x_KxB.shape[:-1]), fmt, bits_KxB)
+  return Blocks(_off_blocks(codes, x.shape), scale)
+
+
+def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
+  """The scales of float32 values [...], as `Blocks` holds them."""
+  x_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x)
+  # Each magnitude's own scale first, 16 bits wide: all that is kept between XLA's two passes.
+  # On bit patterns, where a maximum cannot drop a NaN.
+  codes = scale_code(magnitude_bits(x_KxB), fmt)
+  code_K = jnp.max(codes.astype(jnp.uint16), axis=-1, initial=0)
+  scale_K = jax.lax.bitcast_convert_type(code_K, jnp.bfloat16)
+  return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
+
+
+def zeros_like(x: jax.Array, fmt: StateFormat):
+  """What `quantize` stores of zeros, sharded as it would be, whatever x is."""
+  codes_KxB = _in_blocks(jnp.where(x == x, 0, 0).astype(fmt.dtype))
+  if not fmt.has_scale:
+    return _off_blocks(codes_KxB, x.shape)
+  # Shardings are propagated before XLA sees that these are zeros, too.
+  scale_K = jnp.sum(codes_KxB, axis=-1, dtype=jnp.float32)
+  codes_KxB = codes_KxB + scale_K[..., None].astype(fmt.dtype)
+  scale = scale_K.astype(jnp.bfloat16).reshape(stored_struct(x.shape, fmt).scale.shape)
+  return Blocks(_off_blocks(codes_KxB, x.shape), scale)
+
+
+def dequantize(stored, fmt: StateFormat) -> jax.Array:
+  """Storage -> float32: what `quantize` rounded to.
+
+  Args:
+    stored: as `quantize` returned it.
+    fmt: the format.
+
+  Returns:
+    float32 of the statistic's shape.
+  """
+  if fmt.name == "fp32":
+    return stored
+  if fmt.name == "bf16":
+    return arithmetic.widen(stored)
+  shape = stored.codes.shape
+  codes_KxB = _in_blocks(stored.codes)
+  x_KxB = decode(codes_KxB, stored.scale.reshape(codes_KxB.shape[:-1]), fmt)
+  return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
+
+
+def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat, across):
+  """`dequantize` of a tile of blocks, scale_K None where the format has none.
+
+  across broadcasts [K] to [K, B].
+  """
+  if not fmt.has_scale:
+    return dequantize(codes_KxB, fmt)
+  x_KxB = decode(codes_KxB, scale_K, fmt, across)
+  return x_KxB * x_KxB if fmt.is_square else x_KxB
+
+
+def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across):
+  """`quantize` of a tile of blocks: (codes, scales), None for scales where it has none.
+
+  across broadcasts [K] to [K, B].
+  """
+  if not fmt.has_scale:
+    return quantize(x_KxB, fmt, bits_KxB), None
+  x_KxB = jnp.sqrt(x_KxB) if fmt.is_square else x_KxB
+  largest_K = jnp.max(magnitude_bits(x_KxB).astype(_I32), axis=-1).astype(_U32)
+  scale_K = arithmetic.low_of(scale_code(largest_K, fmt), jnp.bfloat16)
+  return encode(x_KxB, scale_K, fmt, bits_KxB, across), scale_K
+
+
+def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
+  """The same statistic, for a second pass over memory that needs its new scale.
+
+  XLA would keep the float32 values of the first pass otherwise, 4 bytes each,
+  since it counts reading as cheap and computing twice as dear (and it removes
+  optimization barriers before it decides). Scales have no sign, which XLA does
+  not know: their sign bit makes these codes depend on them.
+  """
+  codes_KxB = _in_blocks(stored.codes)
+  sign_K = (arithmetic.low_bits_of(scale) >> _U32(15)).astype(stored.codes.dtype)
+  sign_K = sign_K.reshape(codes_KxB.shape[:-1])
+  codes_KxB = codes_KxB + sign_K[..., None]
+  return Blocks(_off_blocks(codes_KxB, stored.codes.shape), stored.scale)
+
+
+def magnitude_bits(x):
+  """float32 -> the bit pattern without its sign, uint32: larger for larger magnitudes."""
+  return arithmetic.bits_of(x) & _U32(0x7FFFFFFF)
+
+
+def scale_code(magnitude, fmt: StateFormat):
+  """`magnitude_bits` rounded up to bfloat16's bit patterns, in uint32; monotone."""
+  lowest = MIN_ROOT_SCALE if fmt.is_square else MIN_SCALE
+  code = (magnitude + _U32(0xFFFF)) >> _U32(16)
+  lowest = (math.frexp(lowest)[1] - 1 + arithmetic.F32_BIAS) << 7
+  code = jnp.clip(code, _U32(lowest), _U32(0x7F7F))  # the largest finite value stays finite
+  # Infinity stands for NaN, too: what is no finite value of the block is none afterwards.
+  code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, _U32(arithmetic.F32_INF >> 16))
+  return jnp.where(magnitude > _U32(0), code, _U32(0))
+
+
+def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
+  """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
+  # A kernel divides once a block; nothing is divided where everything is zero.
+  top = 1.0 if fmt.name == "fp16" else fmt.top * (1 << 15 if fmt.is_square else 1)
+  scale_KxB = _along(scale_K, x_KxB.shape, across)
+  # No product may be contracted with what is added to it (`arithmetic.rounded`): |ratio| is none.
+  ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
+  if fmt.name == "fp16":
+    return _keep_positive(
+      x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
+    )
+  # Upwards with the probability that keeps the mean.
+  if fmt.is_square:  # 15 binary places and as many random bits
+    c = (_nearest(jnp.abs(ratio)) + (bits_KxB >> _U32(17))) >> _U32(15)
+    c = jnp.where(x_KxB > 0, jnp.maximum(c, _U32(1)), c)
+    return jnp.minimum(c, _U32(fmt.levels)).astype(fmt.dtype)
+  # Between c**2 and (c + 1)**2; of an exact square c may be one less, and is then always raised.
+  ratio = jnp.abs(ratio)
+  c = _nearest(jnp.maximum(jnp.sqrt(ratio) - jnp.float32(0.5), jnp.float32(0)))
+  floor = c.astype(_I32).astype(jnp.float32)
+  uniform = (bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32)
+  uniform = uniform * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
+  c = c + (uniform * (2 * floor + 1) < ratio - floor * floor).astype(_U32)
+  c = jnp.minimum(c, _U32(fmt.levels)).astype(_I32)
+  return jnp.where(x_KxB < 0, -c, c).astype(fmt.dtype)
+
+
+def _nearest(x):
+  """float32 from 0 to 2**23 - 1 -> the nearest integer, uint32.
+
+  Of 2**23 + x the lower bits are that. A conversion would clamp on both sides
+  first, and take a GPU as long as a root.
+  """
+  return arithmetic.bits_of(x + jnp.float32(2.0**23)) & _U32(0x7FFFFF)
+
+
+def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):
+  """Codes -> float32 values (roots of a second moment), on arrays or tiles of blocks."""
+  scale_KxB = _along(scale_K, codes_KxB.shape, across)
+  if fmt.name == "fp16":
+    x = arithmetic.widen(codes_KxB) * scale_KxB
+    if fmt.is_square:
+      x = jnp.where(x == 0, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
+    return x
+  c = codes_KxB.astype(_I32).astype(jnp.float32)
+  c = c if fmt.is_square else c * jnp.abs(c)
+  return c * (scale_KxB * jnp.float32(1 / fmt.top))
+
+
+def _keep_positive(x, rounded, fmt: StateFormat):
+  """A positive second moment stays positive: the format's smallest value instead of 0."""
+  if not fmt.is_square:
+    return rounded
+  return jnp.where((x > 0) & (rounded == 0), jnp.finfo(rounded.dtype).smallest_subnormal, rounded)
+
+
+def _along(scale_K, shape, across=None):
+  """bfloat16 for each block -> float32 for each of its elements.
+
+  In this order, so that XLA reads the scales as they are stored and has
+  nothing of its own to keep.
+  """
+  if across is None:
+    across = lambda x: jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape) - 1)))
+  scale_KxB = across(scale_K)
+  return arithmetic.float_of(arithmetic.low_bits_of(scale_KxB) << _U32(16))
+
+
+def _in_blocks(x):
+  """[..., n] -> [..., blocks, BLOCK], the last block filled with zeros."""
+  x = x.reshape(x.shape or (1,))
+  n = x.shape[-1]
+  if n < BLOCK:
+    return x.reshape(*x.shape[:-1], min(n, 1), n)  # one short block
+  if n % BLOCK:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
+  return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+
+
+def _off_blocks(x_KxB, shape):
+  """The inverse of `_in_blocks`."""
+  n = shape[-1] if shape else 1
+  return (
+    x_KxB.reshape(*shape[:-1], -1)[..., :n].reshape(shape) if x_KxB.size else x_KxB.reshape(shape)
+  )

@@ -1,0 +1,1 @@
+"""What other packages call: one module an operation."""

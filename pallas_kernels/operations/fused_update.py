@@ -1,0 +1,245 @@
+"""fused_update: a leaf's whole optimizer step, gradient in, stored weight and statistics out.
+
+Weight and statistics are read from their formats, an elementwise rule is
+applied in float32, and both are stored again, in place where the buffers are
+donated. A block's scale needs its largest value before the first of its codes
+can be written, so XLA makes two passes over memory, keeping 16 bits a scale
+between them; the kernel holds a tile of blocks in registers and makes one.
+"""
+
+from collections.abc import Sequence
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import state_formats
+from pallas_kernels.formats.random_bits import key_words, stream_keys
+from pallas_kernels.formats.state_formats import BLOCK, StateFormat
+from pallas_kernels.formats.weights import DeltaFormat
+from pallas_kernels.operations import checks
+from pallas_kernels.placement import implementations, sharded
+from pallas_kernels.placement.by_device import by_device
+from pallas_kernels.placement.partitioned import partitioned
+from pallas_kernels.programs import cpu, mosaic_gpu, tiles, xla
+from pallas_kernels.programs.hoist import hoist
+from pallas_kernels.programs.leaf import Leaf, Rule
+
+
+def fused_update(
+  rule: Rule,
+  gradient: jax.Array,
+  low: jax.Array,
+  delta: jax.Array | None,
+  statistics: Sequence[Any],
+  fmt: str | DeltaFormat,
+  statistic_formats: Sequence[StateFormat],
+  *,
+  key: jax.typing.ArrayLike,
+  when: jax.typing.ArrayLike | None = None,
+  implementation: implementations.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array | None, list[Any]]:
+  """Applies an elementwise optimizer to a weight and statistics in their formats.
+
+  Args:
+    rule: `(gradient, master weight, statistics) -> (update, statistics)`,
+      float32 arrays of one shape, elementwise. It may close over scalars.
+    gradient: any real float dtype, [...].
+    low: the weight, in the format's dtype, [...].
+    delta: its residual as `split` packed it; None where there is none.
+    statistics: as `state_formats.quantize` stores them.
+    fmt: the weight's format.
+    statistic_formats: the statistics' formats.
+    key: an integer seed or a `jax.random` key: the weight rounds by lane 0 of
+      its stream, each pair of statistics by the halves of a further lane.
+    when: a bool; where it is False nothing changes, bit for bit.
+    implementation: "xla"; "mosaic_gpu" (residuals of 0, 8 or 16 bits,
+      statistics in "bf16", "fp16" or "int8"; a leaf whose rows end in a short
+      block is XLA's); or None, which takes the kernel on GPUs from Hopper
+      on if a statistic has block scales and the gradient is not wider than the
+      weight, and XLA elsewhere. XLA's program for one CPU is `programs.cpu`.
+
+  Returns:
+    The new (low, delta, statistics).
+
+  Raises:
+    TypeError: if a dtype is not its format's.
+    ValueError: if shapes do not belong together, or an implementation is not
+      to be had.
+
+  Examples:
+    >>> momentum = lambda g, w, m: (-0.1 * (g + 0.9 * m[0]), [g + 0.9 * m[0]])
+    >>> low, delta, (m,) = fused_update(
+    ...     momentum, g, low, delta, [m], "bf16+8", [StateFormat("int8")], key=0)
+
+  References:
+    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
+    section 3.1; [8-bit Optimizers via Block-wise
+    Quantization](https://arxiv.org/abs/2110.02861)
+  """
+  leaf = Leaf(gradient, low, delta, list(statistics), stream_keys(key_words(key))[0])
+  fmt = DeltaFormat.parse(fmt)
+  return fused_update_leaves(rule, [leaf], fmt, statistic_formats, when, implementation)[0]
+
+
+def fused_update_leaves(
+  rule: Rule, leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, when,
+  implementation: implementations.Implementation | None, index: jax.Array | None = None,
+  lands: bool = False,
+) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
+  """`fused_update` of leaves with the same rule and formats; small ones share programs.
+
+  With an index, each leaf but its gradient is a stack of arrays, of which the
+  one at that place is stepped: in place, with the random bits of the stack's
+  elements. An array of a stack is no scalar.
+
+  With lands, the new weight is one that `optax.apply_updates` reaches from the old
+  one, by `arithmetic.landing_update`, and the residual belongs to it.
+
+  A rule that returns None for the update leaves the weight as it is.
+  """
+  for leaf in leaves:
+    _check(leaf, fmt, statistic_formats, index)
+  formats = (fmt, tuple(statistic_formats))
+  leaves, reason = list(leaves), _unfit(fmt, statistic_formats)
+  if implementation is not None:
+    low = leaves[0].low
+    implementation = implementations.resolve(implementation, low, residual_bits=fmt.residual_bits)
+  if implementation == "mosaic_gpu" and reason:
+    raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
+  shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
+  mesh = sharded.mesh_of([leaf.low for leaf in leaves])
+  shards = None if mesh is None else sharded.Shards.of(leaves, mesh, index is not None)
+  if shards is not None:
+    shapes, stacks = shards.shapes, shards.stacks
+  own_stream = any(x.statistics_stream is not None for x in leaves)
+  is_plain = own_stream or _is_wide(rule, formats)
+  scalars, rules = _hoisted(rule, formats, shapes)
+  # A rule that holds programs of its own takes the shapes alone that it was traced with.
+  is_flat = all(rest.takes_any_shape for rest in rules.values())
+  takes_kernel = not reason and not is_plain and is_flat
+  is_whole = mesh is None and index is None
+  takes_kernel &= all(mosaic_gpu.takes(*of, is_whole) for of in zip(shapes, stacks, strict=True))
+  # New weights that are to land are written where the gradients were.
+  takes_kernel &= not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
+  takes_kernel &= mesh is None or (shards is not None and shards.fit_words)
+  kernel = functools.partial(mosaic_gpu.step, rules, formats, lands)
+  if implementation == "mosaic_gpu" and takes_kernel:
+    if shards is not None:
+      return shards.each(kernel)(scalars, leaves, when, index)
+    if implementations.interpreter_is_forced():  # its effects are none of by_device's
+      return kernel(scalars, leaves, when, index)
+    refused = {"mosaic_gpus": _refuse, "gpus": _refuse}
+    on_shards = _on_shards(rules, formats, lands, leaves)
+    return by_device({"any": kernel, **refused, **on_shards}, scalars, leaves, when, index)
+  # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
+  # XLA fuses into its own passes and would have to write to memory for a kernel.
+  is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
+  has_scales = any(f.has_scale for f in statistic_formats)
+  is_chunked = not is_plain and is_flat and all(cpu.takes(leaf, fmt) for leaf in leaves)
+  is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
+  by_xla = functools.partial(xla.step, rules, formats, lands)
+  programs: dict[str, Any] = {
+    "any": by_xla,
+    "gpu": functools.partial(by_xla, contracts=True, joins=is_flat and not is_plain),
+    "gpus": functools.partial(by_xla, contracts=True),
+    "mosaic_gpus": functools.partial(by_xla, contracts=True),
+  }
+  if mesh is not None and shards is None:  # XLA moves what belongs together
+    programs["gpu"] = programs["gpus"]
+    run, old = functools.partial(by_device, programs), [leaf[1:4] for leaf in leaves]
+    return sharded.automatic_in_place(run, mesh, old, scalars, leaves, when, index)
+  if is_chunked:
+    programs["cpu"] = functools.partial(cpu.step, rules, formats, lands)
+  if is_kernel:
+    programs["mosaic_gpu"] = kernel
+  if shards is not None:
+    programs = {kind: shards.each(program) for kind, program in programs.items()}
+  elif is_kernel:
+    programs |= _on_shards(rules, formats, lands, leaves)
+  like = [leaf[1:4] for leaf in leaves]
+  return by_device(programs, scalars, leaves, when, index, on_each=shards is not None, like=like)
+
+
+def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:
+  """The program for several GPUs, if the rule takes shards, whose shapes only XLA knows.
+
+  Not for leaves that are replicated on a mesh with Explicit axes.
+  """
+  is_explicit = any(sharded.has_explicit_axes(leaf.low) for leaf in leaves)
+  if is_explicit or not all(map(tiles.is_in_blocks, (x.gradient.shape for x in leaves))):
+    return {}
+
+  def program(scalars, leaves, when, index, windows):
+    shapes = ((leaf.gradient.shape, leaf.low.shape, False) for leaf in leaves)
+    takes_kernel = all(itertools.starmap(mosaic_gpu.takes, shapes))
+    run = mosaic_gpu.step if takes_kernel else xla.step
+    return run(rules, formats, lands, scalars, leaves, when, index, windows=windows)
+
+  return {"mosaic_gpus": functools.partial(partitioned, program)}
+
+
+def _refuse(*args):
+  raise ValueError(
+    '"mosaic_gpu" in a program for several GPUs is for NVIDIA GPUs from Hopper on, rules without'
+    " functions of their own (jax.lax.cond, jax.custom_jvp), and weights that are not replicated on"
+    ' a mesh with Explicit axes; "xla" and None take all.'
+  )
+
+
+def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
+  gradient, low, delta, statistics = leaf[:4]
+  checks.residual(low, delta, fmt)
+  if gradient.shape != low.shape[0 if index is None else 1 :]:
+    raise ValueError(f"The gradient has the weight's shape {low.shape}; got {gradient.shape}.")
+  if not jnp.issubdtype(gradient.dtype, jnp.floating):
+    raise TypeError(f"The gradient is a real float; got {gradient.dtype}.")
+  if len(statistics) != len(statistic_formats):
+    raise ValueError(
+      f"{len(statistics)} statistics have {len(statistic_formats)} formats; each has one."
+    )
+  for stored, f in zip(statistics, statistic_formats, strict=True):
+    found, wanted = (
+      [(x.shape, jnp.dtype(x.dtype)) for x in jax.tree.leaves(tree)]
+      for tree in (stored, state_formats.stored_struct(low.shape, f))
+    )
+    if found != wanted:
+      raise ValueError(f"A statistic in {f.name!r} of shape {low.shape} is {wanted}; got {found}.")
+
+
+def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
+  """What the kernel takes, where a leaf's formats are something else."""
+  if fmt.is_full_precision or fmt.residual_bits not in (0, 8, 16):
+    return "half-precision weights with residuals of 0, 8 or 16 bits, which need no packing"
+  if any(f.name == "fp32" for f in statistic_formats):
+    return 'statistics in "bf16", "fp16" or "int8"'
+  return ""
+
+
+def _is_wide(rule, formats) -> bool:
+  """Whether a scalar turns the rule's arrays into float64, for which there is plain XLA alone."""
+  if jnp.result_type(float) != jnp.float64:
+    return False
+  struct = jax.ShapeDtypeStruct((BLOCK, BLOCK), jnp.float32)
+  jaxpr = jax.make_jaxpr(rule)(struct, struct, [struct] * len(formats[1]))
+  return f"f64[{BLOCK},{BLOCK}]" in str(jaxpr)
+
+
+def _hoisted(rule, formats, shapes: Sequence[tuple[int, ...]]):
+  """The rule's scalars, and the rule without them, by the shape that it is called on.
+
+  Traced once, unless it holds programs of its own, on arrays of one shape.
+  """
+  shapes = list(dict.fromkeys(shape or (1,) for shape in shapes))
+
+  def hoisted(shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return hoist(rule, (x, x, [x] * len(formats[1])))
+
+  scalars, rest = hoisted(shapes[0])
+  rules = {shapes[0]: rest}
+  if not rest.takes_any_shape:
+    rules |= {shape: hoisted(shape)[1] for shape in shapes[1:]}
+  return scalars, rules

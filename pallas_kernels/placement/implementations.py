@@ -1,0 +1,83 @@
+"""implementations: the names of an operation's programs, and where they run."""
+
+from typing import Literal, get_args
+
+import jax
+
+Implementation = Literal["xla", "mosaic_gpu"]
+
+MAX_SIZE = 2**31 - 1  # a program's first element is an int32
+
+
+def check_name(implementation):
+  """Raises a ValueError for what is no implementation."""
+  if implementation not in (None, *get_args(Implementation)):
+    raise ValueError(f'implementation is None, "xla" or "mosaic_gpu"; got {implementation!r}.')
+
+
+def resolve(
+  implementation: Implementation | None, *arrays: jax.Array, residual_bits: int = 0
+) -> Implementation:
+  """Checks an operation's `implementation`, and chooses it where it is None.
+
+  None is "xla" here: XLA compiles each of these operations into one fusion
+  with the kernel's traffic (`tests/test_h100.py` counts both), and no
+  measurement on a GPU has shown the kernel to be faster. (`fused_update`,
+  which XLA needs two passes for, chooses by the device it is compiled for.)
+
+  Args:
+    implementation: None, "xla" or "mosaic_gpu".
+    *arrays: the operands; the first decides the size.
+    residual_bits: bits a value of the operation's residual.
+
+  Returns:
+    "xla" or "mosaic_gpu".
+
+  Raises:
+    ValueError: for another name, or where the kernel cannot run.
+  """
+  check_name(implementation)
+  if implementation in (None, "xla"):
+    return "xla"
+  if residual_bits not in (0, 8, 16):
+    raise ValueError(
+      '"mosaic_gpu" takes residuals of 0, 8 or 16 bits, which need no packing; got'
+      f' {residual_bits} bits. "xla" takes every width.'
+    )
+  if arrays[0].size > MAX_SIZE:
+    raise ValueError(f'"mosaic_gpu" takes at most {MAX_SIZE} elements; got {arrays[0].size}.')
+  _check_devices(arrays)
+  return implementation
+
+
+def _check_devices(arrays):
+  """Raises where the platform lacks Mosaic GPU, before anything is lowered.
+
+  (Below compute capability 9.0, LLVM would abort the whole process.) Tracers
+  have no device: under jit the default backend speaks if it is a GPU; if it is
+  a CPU, the program may be compiled for another machine, or interpreted.
+  """
+  if interpreter_is_forced():
+    return
+  concrete = [x for x in arrays if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+  if concrete:
+    device = next(iter(concrete[0].devices()))
+  elif jax.default_backend() == "gpu":
+    device = jax.devices()[0]
+  else:
+    return
+  if device.platform != "gpu" or float(getattr(device, "compute_capability", 0)) < 9.0:
+    raise ValueError(
+      '"mosaic_gpu" runs on NVIDIA GPUs of compute capability 9.0 (Hopper) or later, or on a'
+      " CPU under jax.experimental.pallas.mosaic_gpu.force_gpu_interpret_mode();"
+      f' the arrays are on {device.device_kind!r}. Use "xla" or None.'
+    )
+
+
+def interpreter_is_forced() -> bool:
+  """Whether kernels run on a CPU under JAX's GPU interpreter."""
+  # JAX has no public getter for what `force_gpu_interpret_mode` sets.
+  from jax._src import config
+
+  state = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
+  return state is not None and state.value is not None

@@ -1,0 +1,167 @@
+"""partitioned: a step of leaves shard by shard, inside a program that XLA partitions.
+
+On a mesh with Auto axes a trace does not know how XLA will shard what it is given,
+and XLA cannot partition a kernel. So the step becomes a custom call with a rule of
+which axes belong together; once XLA has decided on shardings, the call is replaced by
+the program of one shard, with the random bits of its place in the whole.
+"""
+
+from collections.abc import Callable, Sequence
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from pallas_kernels.formats.random_bits import Window
+from pallas_kernels.formats.state_formats import BLOCK
+from pallas_kernels.placement.by_device import by_device
+
+
+def partitioned(program: Callable, scalars, leaves: Sequence[Any], when, index):
+  """Runs one of `programs` on each shard.
+
+  What belongs to one weight is sharded like that part of its state of which a device
+  has least, and is moved there and back if it was not. Where that would cut a block, or
+  a stack along its first axis, another axis is cut, or if none can be, none.
+
+  Args:
+    program: (scalars, leaves, when, index, windows=) -> new (low, delta,
+      statistics) of each leaf, on shards of any shape.
+    scalars: arrays of shape ().
+    leaves: `programs.leaf.Leaf`s, of rows of whole blocks.
+    when: a bool, or None.
+    index: the place of each leaf in a stack, or None.
+
+  Returns:
+    What program returns, of the whole arrays.
+  """
+  flat, treedef = jax.tree.flatten((scalars, leaves, when, index))
+  wholes = [leaf.low.shape for leaf in leaves]
+  has_index = index is not None
+
+  def types(*flat):  # of the results; it is never run
+    return jax.tree.leaves(_written(jax.tree.unflatten(treedef, flat)[1]))
+
+  def partition(mesh, args, results):
+    del mesh, results
+    leaves = jax.tree.unflatten(treedef, args)[1]
+    cuts = [_cut_of(*of_one, has_index) for of_one in zip(leaves, wholes, strict=True)]
+
+    def on_shards(*flat):
+      device = jax.lax.axis_index("device")
+      args = jax.tree.unflatten(treedef, flat)
+      windows = [
+        _window(cut, leaf.low.shape, whole, device)
+        for cut, leaf, whole in zip(cuts, args[1], wholes, strict=True)
+      ]
+      return jax.tree.leaves(program(*args, windows=windows))
+
+    mesh = Mesh(np.array(cuts[0].devices), ("device",))
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), list(args))
+    before, own, *after = jax.tree.unflatten(treedef, shardings)
+    own = [_shardings(leaf, cut, has_index) for leaf, cut in zip(own, cuts, strict=True)]
+    # by_device hides the effects of references, which this way of lowering does not know.
+    lower = lambda *flat: by_device({"any": on_shards}, *flat)
+    return mesh, lower, jax.tree.leaves(_written(own)), tuple(jax.tree.leaves((before, own, after)))
+
+  call = custom_partitioning(types)
+  rule = _rule(jax.tree.unflatten(treedef, flat))
+  call.def_partition(partition, decode_shardings=False, sharding_rule=rule)
+  written = call(*flat)
+  return jax.tree.unflatten(jax.tree.structure(_written(leaves)), written)
+
+
+def _written(leaves):
+  """What a step replaces."""
+  return [leaf[1:4] for leaf in leaves]
+
+
+class _Cut(NamedTuple):
+  """How an array is sharded.
+
+  Attributes:
+    sharding: one of the same class.
+    devices: all of them, in the order of the partitioned program.
+    parts: into how many parts each axis is cut, int [axes].
+    places: which part each device has, int [devices, axes].
+  """
+
+  sharding: Any
+  devices: tuple
+  parts: np.ndarray
+  places: np.ndarray
+
+
+def _cut_of(leaf, whole: tuple[int, ...], has_index: bool) -> _Cut:
+  """How a leaf is cut: as it is where a device has least of it, but through no block."""
+  rank = len(whole)
+  cuts = []
+  for sharding in dict.fromkeys(x.sharding for x in jax.tree.leaves(leaf[1:4])):
+    # The indices of an array with as many elements along each axis as there are devices, so that
+    # every sharding divides it.
+    count = len(sharding.device_set)
+    indices = sharding.devices_indices_map((count,) * rank)
+    starts = np.array([[x.start or 0 for x in slices] for slices in indices.values()])
+    parts = np.array([len(set(column)) for column in starts.T])
+    cuts.append(_Cut(sharding, tuple(indices), parts, starts * parts // count))
+  cut = max(cuts, key=lambda cut: math.prod(cut.parts))
+  units = [1] * (rank - 1) + [BLOCK]
+  firsts = range(1 if has_index else 0, rank)
+  for axis in range(rank):
+    if axis in firsts and whole[axis] % (cut.parts[axis] * units[axis]) == 0:
+      continue
+    part, place = cut.parts[axis], cut.places[:, axis].copy()
+    cut.parts[axis], cut.places[:, axis] = 1, 0
+    for other in firsts:  # cut another axis instead
+      if other != axis and whole[other] % (cut.parts[other] * part * units[other]) == 0:
+        cut.places[:, other] = cut.places[:, other] * part + place
+        cut.parts[other] *= part
+        break
+  return cut
+
+
+def _window(cut: _Cut, part: tuple[int, ...], whole: tuple[int, ...], device) -> Window:
+  place = jnp.asarray(cut.places.astype(np.int32))[device]
+  starts = [0 if n == whole[axis] else place[axis] * n for axis, n in enumerate(part)]
+  return Window(tuple(starts), whole)
+
+
+def _shardings(leaf, cut: _Cut, has_index: bool):
+  """The shardings of what belongs to a leaf: of the replicated leaf, those that are not."""
+  rank = len(cut.parts)
+  first = 1 if has_index else 0
+  state = jax.tree.map(lambda _: _tiled(cut, range(rank)), leaf[1:4])
+  return type(leaf)(_tiled(cut, range(first, rank)), *state, *leaf[4:])
+
+
+def _tiled(cut: _Cut, axes: range):
+  """The sharding of an array with these axes."""
+  parts = [int(cut.parts[axis]) for axis in axes]
+  copies = len(cut.places) // math.prod(parts)
+  # XLA's own description: a NamedSharding cannot say any order of the devices.
+  proto = type(cut.sharding._to_xla_hlo_sharding(len(parts)).to_proto())()
+  if copies == len(cut.places):
+    proto.type = proto.Type.REPLICATED
+  else:
+    proto.type = proto.Type.OTHER
+    proto.tile_assignment_dimensions = [*parts, copies]
+    proto.tile_assignment_devices = [int(i) for i in np.lexsort(cut.places[:, axes].T[::-1])]
+    proto.replicate_on_last_tile_dim = True
+  return type(cut.sharding)(cut.devices, proto)
+
+
+def _rule(args) -> SdyShardingRule:
+  """Statistics are sharded as they were; a gradient like its weight if XLA can choose."""
+  unused = map("axis{}_".format, itertools.count())
+  new = lambda x: tuple(itertools.islice(unused, jnp.ndim(x)))
+  operands = jax.tree.map(new, args)
+  like_weight = lambda leaf: leaf._replace(gradient=leaf.low[len(leaf.low) - len(leaf.gradient) :])
+  operands = (operands[0], [like_weight(leaf) for leaf in operands[1]], *operands[2:])
+  is_axes = lambda x: isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+  flat = lambda tree: tuple(jax.tree.leaves(tree, is_leaf=is_axes))
+  return SdyShardingRule(flat(operands), flat(_written(operands[1])))

@@ -1,0 +1,1 @@
+"""A leaf's step, as programs of XLA, of XLA for a CPU and of Mosaic GPU kernels."""

@@ -1,0 +1,272 @@
+"""Launching Mosaic GPU kernels on blocks of 32 neighbours, which have a scale each.
+
+Arrays are walked as [blocks, 32], 32 blocks (one warpgroup) a program; the rest
+of an array is cut into tiles of 8 blocks, of which the last two may overlap, and
+several arrays can share a launch. Everything is in place, as in `launch`.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
+from pallas_kernels.formats.state_formats import BLOCK
+from pallas_kernels.programs import tiles
+from pallas_kernels.programs.tiles import HAS_STORE, TILE_ROWS, BlockLeaf
+
+
+def _block_layout(rows: int):
+  """A tile of whole blocks over 128 threads: a maximum over a block stays within a warp.
+
+  Of 32 rows a lane has 8 neighbouring elements (16-byte accesses at 16 bits each).
+  """
+  tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
+  return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def blockwise(
+  tile: Callable,
+  leaves: Sequence[BlockLeaf],
+  scalars: Sequence[jax.Array],
+  when: jax.Array | None,
+  index: jax.Array | None = None,
+  parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]] | None] | None = None,
+):
+  """Runs `tile` over the blocks of some arrays, as one kernel, in place.
+
+  Args:
+    tile: `(bits, valid, across, scalars, read, values, scales) -> (values,
+      scales)`, on arrays [rows, 32] for some blocks, and [rows] for their
+      scales; bits(lane) are the stream's (`element_bits`), valid says which
+      elements are there, None if all are, across broadcasts [rows] to [rows, 32].
+    leaves: the arrays.
+    scalars: what tile's scalars are (float32, or exact in it: bools, integers).
+    when: a bool: where it is False nothing is written; or None.
+    index: an integer: which arrays of stacks are meant; or None.
+    parts: for each array that has a start, its shape and the whole's, in blocks
+      along the last axis.
+  """
+  parts = parts or [None] * len(leaves)
+  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
+  indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
+  groups = tiles.groups([leaf.read.shape[0] for leaf in leaves])
+  table = np.concatenate([group.table for group in groups])
+  tables = [jnp.asarray(table)] if any(len(group.leaves) > 1 for group in groups) else []
+  operands, treedef = jax.tree.flatten((numbers, flags, indices, tables, list(leaves)))
+
+  def body(*refs):
+    unflattened = jax.tree.unflatten(treedef, refs[: len(operands)])
+    number_refs, flag_refs, index_refs, table_refs, leaf_refs = unflattened
+    program = jax.lax.axis_index("tile")
+    numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
+    taken = [flag_refs[0][0] != 0] if flag_refs else []
+    index = index_refs[0][0] if index_refs else None
+    first = 0
+    for group in groups:
+
+      def run(group=group, first=first):
+        mine = [leaf_refs[i] for i in group.leaves]
+        wholes = [_in_whole(leaf_refs[i].start, parts[i]) for i in group.leaves]
+        if len(mine) > 1:
+          which, *starts = (table_refs[0][program, i] for i in range(3))
+        else:
+          which = None
+          starts = [(program - first) * group.rows + int(start) for start in group.table[0, 1:]]
+        starts = starts if group.is_pair else starts[:1]
+        shared = refs[len(operands) :]
+        _run_tiles(tile, group.rows, mine, wholes, which, starts, index, numbers, shared)
+
+      last = first + len(group.table)
+      conditions = taken + ([(program >= first) & (program < last)] if len(groups) > 1 else [])
+      if conditions:
+        pl.when(functools.reduce(jnp.logical_and, conditions))(run)
+      else:
+        run()
+      first = last
+
+  most_scales = max(len(leaf.scale_refs) for leaf in leaves)
+  plgpu.kernel(
+    body,
+    grid=(len(table),),
+    grid_names=("tile",),
+    scratch_types=[] if HAS_STORE else [plgpu.SMEM((TILE_ROWS,), jnp.bfloat16)] * most_scales,
+    compiler_params=_compiler_params(any(group.is_pair for group in groups)),
+  )(*operands)
+
+
+def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], when):
+  """`blockwise` of an array whose rows end in a short block, but for what its tiles leave.
+
+  Args:
+    tile: as `blockwise` takes it.
+    leaf: arrays [rows, n] and scales [rows, blocks a row], of which the last
+      rows % 32 and the last n % 32 columns stay.
+    scalars: as `blockwise` takes them.
+    when: likewise.
+  """
+  rows, n = leaf.read.shape
+  columns = n // BLOCK
+  layout = _row_layout() if n % 8 else _block_layout(TILE_ROWS)
+  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
+  operands, treedef = jax.tree.flatten((numbers, flags, leaf))
+
+  def body(*refs):
+    number_refs, flag_refs, leaf = jax.tree.unflatten(treedef, refs)
+    program = jax.lax.axis_index("tile")
+    numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
+
+    def run():
+      first_row, block = program // columns * TILE_ROWS, program % columns
+      here = pl.ds(first_row, TILE_ROWS), pl.ds(block * BLOCK, BLOCK)
+      row, column = (
+        plgpu.broadcasted_iota(jnp.uint32, (TILE_ROWS, BLOCK), axis, layout=layout)
+        for axis in (0, 1)
+      )
+      place = (row + first_row.astype(jnp.uint32)) * jnp.uint32(n)
+      place = place + (column + (block * BLOCK).astype(jnp.uint32))
+      words = leaf.key[0], leaf.key[1]
+      bits = lambda lane: element_bits(words, place, lane=lane)
+      load = lambda ref: plgpu.load(ref.at[here], layout=layout, optimized=False)
+      of_scales = [ref.at[here[0], block] for ref in leaf.scale_refs]
+      scales = [plgpu.load(x, layout=layout.reduce(1), optimized=False) for x in of_scales]
+      values = list(map(load, leaf.refs))
+      across = _across(layout, TILE_ROWS)
+      values, scales = tile(bits, None, across, numbers, load(leaf.read), values, scales)
+      for ref, value in zip(leaf.refs, values, strict=True):
+        plgpu.store(ref.at[here], value, optimized=False)
+      for ref, scale in zip(of_scales, scales, strict=True):
+        plgpu.store(ref, scale, optimized=False)
+
+    if flag_refs:
+      pl.when(flag_refs[0][0] != 0)(run)
+    else:
+      run()
+
+  plgpu.kernel(
+    body,
+    grid=(rows // TILE_ROWS * columns,),
+    grid_names=("tile",),
+    compiler_params=_compiler_params(),
+  )(*operands)
+
+
+def _compiler_params(overlaps: bool = False) -> plgpu.CompilerParams:
+  """How a kernel is compiled, of which tiles perhaps overlap."""
+  return plgpu.CompilerParams(
+    # Every layout is given here: inferring them takes two thirds of the time to lower a kernel.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    # Every thread writes what it alone has read (a warp, of the scales), unless tiles overlap.
+    unsafe_no_auto_barriers=not overlaps,
+  )
+
+
+def _across(layout, rows: int):
+  """Broadcasts [rows] to [rows, 32]."""
+  return lambda x: plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,)), layout)
+
+
+def _row_layout():
+  """A tile of 32 blocks, each over the lanes of a warp: rows need no alignment."""
+  tiling = plgpu.Tiling(((TILE_ROWS, BLOCK), (TILE_ROWS // 4, BLOCK), (1,)))
+  return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-2,), vector_dim=-1)
+
+
+def _in_whole(start_ref, part):
+  """A tile's first block and its rows -> where they are in the whole; the first if they are it."""
+  if part is None:
+    return lambda first, row: first
+  shape, whole = part
+  starts = [
+    0 if n == m else start_ref[i] for i, (n, m) in enumerate(zip(shape, whole, strict=True))
+  ]
+  return lambda first, row: whole_place(first + row, shape, Window(tuple(starts), whole))
+
+
+def _as(number, dtype):
+  """A scalar that was passed as float32."""
+  return number != 0 if dtype == jnp.bool_ else number.astype(dtype)
+
+
+def _run_tiles(
+  tile, rows: int, leaves: list[BlockLeaf], wholes, which, starts, index, scalars, shared_refs
+):
+  """A program's tiles, in a kernel: of the only array, or of number `which`."""
+  layout = _block_layout(rows)
+  row, column = (
+    plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
+  )
+
+  def first(leaf: BlockLeaf, start):
+    """The tile's first block, in the array and in the stack."""
+    return start, start if index is None else index * leaf.read.shape[0] + start
+
+  def load(leaf: BlockLeaf, in_whole, start):
+    in_array, in_stack = first(leaf, start)
+
+    def array(ref, first=in_stack, layout=layout):
+      return plgpu.load(ref.at[pl.ds(first, rows)], layout=layout, optimized=False)
+
+    by_row = lambda ref, first=in_stack: array(ref, first, layout.reduce(1))
+    if leaf.key is None:
+      place = [by_row(ref, in_array) for ref in leaf.draws]
+    else:
+      place = [leaf.key[0], leaf.key[1], in_whole(in_stack.astype(jnp.uint32), row)]
+    return (
+      place,
+      array(leaf.read, in_array),
+      [array(ref) for ref in leaf.refs],
+      [by_row(ref) for ref in leaf.scale_refs],
+    )
+
+  def store(leaf: BlockLeaf, in_whole, start, values, scales):
+    del in_whole
+    blocks = pl.ds(first(leaf, start)[1], rows)
+    for ref, value in zip(leaf.refs, values, strict=True):
+      if rows == TILE_ROWS:
+        ref[blocks] = value
+      else:  # too narrow for stores that count as optimized
+        plgpu.store(ref.at[blocks], value, optimized=False)
+    if HAS_STORE:
+      for ref, scale in zip(leaf.scale_refs, scales, strict=True):
+        plgpu.store(ref.at[blocks], scale, optimized=False)
+      return
+    for shared, scale in zip(shared_refs, scales, strict=True):
+      shared[...] = scale
+    plgpu.commit_smem()
+    for ref, shared in zip(leaf.scale_refs, shared_refs, strict=True):
+      plgpu.copy_smem_to_gmem(shared, ref.at[blocks])
+    plgpu.wait_smem_to_gmem(0)
+
+  def choose(f, *args):
+    branches = [functools.partial(f, *of) for of in zip(leaves, wholes, strict=True)]
+    return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
+
+  across = _across(layout, rows)
+
+  def run(loaded):
+    (*words, blocks), read, values, scales = loaded
+    valid = None
+    if leaves[0].key is None:
+      if len(leaves[0].draws) == 4:
+        *words, first_places, valid = map(across, (*words, blocks))
+        valid = column.astype(jnp.int32) < valid
+      else:
+        *words, first_places = map(across, (*words, blocks))
+      place = first_places + column
+    else:
+      blocks = blocks if blocks.shape else row + blocks
+      place = blocks * jnp.uint32(BLOCK) + column
+    bits = lambda lane: element_bits(words, place, lane=lane)
+    return tile(bits, valid, across, scalars, read, values, scales)
+
+  # All is read before anything is written: tiles may overlap.
+  loaded = [choose(load, start) for start in starts]
+  for start, new in zip(starts, list(map(run, loaded)), strict=True):
+    choose(store, start, *new)

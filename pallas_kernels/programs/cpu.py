@@ -1,0 +1,246 @@
+"""The step of leaves on one CPU: chunk after chunk, each small enough to stay in the cache.
+
+XLA:CPU computes every result in a loop of its own and either repeats what they
+share or writes it to memory. Here what they share is computed once a chunk,
+behind an optimization barrier, which XLA:CPU keeps (XLA:GPU does not). What a
+chunk computes from the state passes a last barrier together, before any of it
+is written: XLA copies the whole state if anything reads it after the first write.
+`python -m benchmarks.step cpu` measures it.
+"""
+
+from collections.abc import Sequence
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import arithmetic, packing, state_formats
+from pallas_kernels.formats.random_bits import element_bits, lane_bits, statistic_bits, whole_place
+from pallas_kernels.formats.state_formats import BLOCK, Blocks
+from pallas_kernels.programs import joined
+from pallas_kernels.programs.leaf import Leaf, bound
+
+_U32 = jnp.uint32
+_keep = jax.lax.optimization_barrier
+CHUNK = 6_250  # blocks, 200,000 values; half and twice as many are alike
+# A leaf of fewer blocks is joined with others: half a second to compile for one whose step
+# takes a millisecond.
+JOINED = 1 << 13
+
+
+def takes(leaf, fmt) -> bool:
+  """Whether `step` takes a leaf."""
+  return joined.takes(leaf.gradient, leaf.low, fmt)
+
+
+def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index=None, windows=None):
+  """`fused_update_leaves`' arguments and results."""
+  rule = bound(rules, scalars, keep=_keep)
+  windows = windows or [None] * len(leaves)
+  sizes = [joined.blocks_in(leaf.gradient.shape) for leaf in leaves]
+  small = [i for i, size in enumerate(sizes) if size < JOINED]
+  if len(small) == 1:
+    small = []
+  program = functools.partial(_step_joined, rule, formats, lands, when)
+  of = lambda xs: [xs[i] for i in small]
+  found = joined.step_in_pools(program, of(leaves), index, of(windows), CHUNK, on_gpu=False)
+  results = dict(zip(small, found, strict=True))
+  for i in set(range(len(leaves))) - set(small):
+    results[i] = _step_large(rule, formats, lands, leaves[i], when, index, windows[i])
+  return [results[i] for i in range(len(leaves))]
+
+
+def _step_joined(rule, formats, lands, when, leaf, draws):
+  bits = draws.bits
+  own_bits = bits if draws.own_words is None else draws.own_bits
+  gradient, low, delta, statistics = leaf[:4]
+  new = _chunk(
+    rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, draws.valid, when
+  )
+  return _keep(new)  # or codes are computed in as many kernels as leaves are cut off
+
+
+def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
+  """How many rows the chunks of a leaf have: of one size, if a good one divides it."""
+  best = max(1, CHUNK // blocks_a_row)
+  if rows < 2 * best:  # no loop
+    return [rows]
+  for count in range(-(-rows // (2 * best)), 2 * rows // best + 1):
+    if rows % count == 0 and rows // count <= 2 * best:
+      return [rows // count]
+  return [best, rows % best] if rows % best else [best]
+
+
+def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
+  """The step of a leaf in chunks of whole rows."""
+  fmt, _ = formats
+  gradient, low, delta, statistics, stream, own = leaf
+  shape = gradient.shape
+  rows, n = joined.rows_of(shape)
+  if n % BLOCK == 0:  # a row is a block, and any number of them a chunk
+    rows, n = rows * n // BLOCK, BLOCK
+  in_row = -(-n // BLOCK)
+  is_packed = delta is not None and delta.dtype == jnp.uint8
+
+  def by_row(x):
+    count = low.size // n  # of a stack
+    return x.reshape(count, x.size // count)
+
+  state = low, delta, statistics
+  flat, gradient = jax.tree.map(by_row, state), gradient.reshape(rows, n)
+  # New weights that are to land take the gradients' place; the old ones stay.
+  landed = None
+  if lands:
+    landed = gradient if gradient.dtype == low.dtype else jnp.zeros((rows, n), low.dtype)
+  first = 0 if index is None else jnp.asarray(index).astype(jnp.int32) * rows
+  column = jax.lax.broadcasted_iota(jnp.int32, (in_row, BLOCK), 0) * BLOCK
+  column += jax.lax.broadcasted_iota(jnp.int32, (in_row, BLOCK), 1)
+
+  def at(start, count: int, carry):
+    flat, landed = carry
+    values = gradient if landed is None or landed.dtype != gradient.dtype else landed
+    cut = lambda x, start=first + start: jax.lax.dynamic_slice_in_dim(x, start, count)
+    # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
+    places = jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 0)
+    places = (places + jnp.asarray(first + start).astype(_U32)) * _U32(n)
+    places += jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 1) * _U32(BLOCK)
+    places += jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 2)
+    places = whole_place(places, low.shape, window).reshape(-1, BLOCK)
+    valid = None
+    if n % BLOCK:
+      valid = jnp.broadcast_to(column < n, (count, in_row, BLOCK)).reshape(-1, BLOCK)
+    cut_low, cut_delta, cut_statistics = jax.tree.map(cut, flat)
+    cut_delta = cut_delta if cut_delta is None else (
+      cut_delta.reshape(count * in_row, -1) if is_packed else _filled_up(cut_delta)
+    )  # fmt: skip
+    cut_statistics = [
+      Blocks(_filled_up(x.codes), x.scale.reshape(-1, 1))
+      if isinstance(x, Blocks)
+      else _filled_up(x)
+      for x in cut_statistics
+    ]
+    bits = lambda lane: element_bits((stream[0], stream[1]), places, lane=lane)
+    own_bits = bits
+    if own is not None:
+      own_bits = lambda lane: element_bits((own[0], own[1]), places, lane=lane)
+    new = _chunk(
+      rule, formats, lands, _filled_up(cut(values, start)), _filled_up(cut_low), cut_delta,
+      cut_statistics, bits, own_bits, valid, when,
+    )  # fmt: skip
+    if n % BLOCK:
+      new = _keep(new)
+
+    def put(x, y):
+      if x.shape[-1] == n and y.shape[-1] == BLOCK:
+        y = joined.cut_off(y, (count, n))
+      return jax.lax.dynamic_update_slice_in_dim(x, y.reshape(count, -1), first + start, 0)
+
+    if not lands:
+      return jax.tree.map(put, flat, new), None
+    y = joined.cut_off(new[0], (count, n))
+    landed = jax.lax.dynamic_update_slice_in_dim(landed, y, start, 0)
+    return (flat[0], *jax.tree.map(put, flat[1:], new[1:])), landed
+
+  size, *rest = chunk_rows(rows, in_row)
+  whole = rows // size
+  carry = flat, landed
+  if whole > 1:
+    carry = jax.lax.fori_loop(
+      0, whole, lambda i, carry: at(_in_threads(i) * size, size, carry), carry
+    )
+  else:
+    carry = at(0, size, carry)
+  if rest:
+    carry = at(whole * size, rest[0], carry)
+  flat, landed = carry
+  low, delta, statistics = jax.tree.map(lambda x, y: x.reshape(y.shape), flat, state)
+  return low if landed is None else landed.reshape(shape), delta, statistics
+
+
+def _filled_up(x):
+  """Rows -> [blocks, 32]: a short end is filled up once, as it is costly to find."""
+  rows, n = x.shape
+  if n % BLOCK:
+    # Not a pad, which XLA:CPU computes value by value, nor what XLA takes for one.
+    zeros = _keep(jnp.zeros((rows, -(-n // BLOCK) * BLOCK), x.dtype))
+    x = _keep(jax.lax.dynamic_update_slice(zeros, x, (0, 0)))
+  return x.reshape(-1, BLOCK)
+
+
+def _in_threads(i):
+  """A loop's counter, which keeps XLA:CPU from compiling the loop for one thread.
+
+  It compiles a loop as one function, which one thread runs, unless the loop holds an instruction
+  that is none there, like a sort:
+  https://github.com/openxla/xla/blob/main/xla/service/cpu/small_while_loop_hoisting_pass.cc
+  """
+  return jax.lax.sort(jnp.stack([i, i + 1]))[0]
+
+
+def _chunk(
+  rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, valid, when
+):  # fmt: skip
+  """The step of [blocks, 32] values; scales are [blocks, 1]."""
+  fmt, statistic_formats = formats
+  shape = gradient.shape
+  word, own_word = _keep(bits(0)), None if own_bits is bits else _keep(own_bits(0))
+  own_word = word if own_word is None else own_word
+  gradient = arithmetic.as_float32(gradient)
+  wide = packing.unpack(delta, shape, fmt)
+  master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
+  old = [state_formats.dequantize(x, f) for x, f in zip(statistics, statistic_formats, strict=True)]
+  update, values = rule(gradient, master, old)
+  weight = low, delta
+  if update is not None:
+    weight = _weight(fmt, lands, low, wide, delta, update, word)
+  scales = []
+  for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
+    if valid is not None:  # what fills a row up counts in no block's largest value
+      x = jnp.where(valid, x, 0)
+    values[i] = _keep(jnp.sqrt(x) if f.has_scale and f.is_square else x)
+    if f.has_scale:
+      code = state_formats.scale_code(_largest(values[i]), f)
+      scales.append(arithmetic.low_of(code, jnp.bfloat16))
+    else:
+      scales.append(None)
+  # All that is read of the state is read by now; codes are computed as they are written.
+  weight, values, scales, own_word = _keep((weight, values, scales, own_word))
+  new_statistics = []
+  for i, (x, scale, f) in enumerate(zip(values, scales, statistic_formats, strict=True)):
+    draw = statistic_bits(functools.partial(lane_bits, own_word), i)
+    if f.has_scale:
+      codes = state_formats.encode(x, scale, f, draw)
+      new_statistics.append(Blocks(codes, scale[:, None]))
+    else:
+      new_statistics.append(state_formats.quantize(x, f, draw))
+  new = (*_stored(weight, fmt, delta), new_statistics)
+  if when is None:
+    return new
+  return _keep(jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics)))
+
+
+def _largest(x):
+  """The bit pattern of each block's largest magnitude, on which no maximum drops a NaN."""
+  # In two steps: the first works on whole vectors.
+  pattern = state_formats.magnitude_bits(x).astype(jnp.int32)
+  pattern = _keep(jnp.max(pattern.reshape(-1, 4, BLOCK // 4), axis=1))
+  return jnp.max(pattern, axis=-1).astype(_U32)
+
+
+def _weight(fmt, lands, low, wide, delta, update, word):
+  """The new weight and residual: as one word, which one loop computes, where they fit one."""
+  if fmt.is_full_precision:
+    return low + update, None
+  new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, word, lands)
+  if delta is None or delta.dtype == jnp.uint8:
+    return new_low, packing.pack(new_wide, fmt)
+  return ((arithmetic.low_bits_of(new_low) << _U32(16)) | (new_wide.astype(_U32) & _U32(0xFFFF)),)
+
+
+def _stored(weight, fmt, delta):
+  """What `_weight` returned, as weight and residual."""
+  if len(weight) == 2:
+    return weight
+  (word,) = weight
+  residual = jax.lax.bitcast_convert_type((word & _U32(0xFFFF)).astype(jnp.uint16), jnp.int16)
+  return arithmetic.low_of(word >> _U32(16), fmt.dtype), residual.astype(delta.dtype)

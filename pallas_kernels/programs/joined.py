@@ -1,0 +1,323 @@
+"""joined: many leaves as one array of blocks, which one program steps, and which is cut again.
+
+A program costs seconds to compile, however small its leaf is. So small leaves of one kind are
+copied behind each other, each row filled up to whole blocks of 32. An element keeps its random
+bits: a block knows its leaf's stream and its place there.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
+from pallas_kernels.formats.state_formats import BLOCK, Blocks
+
+_U32 = jnp.uint32
+MOST = 1 << 17  # blocks that are joined on a GPU: 80 MB
+
+
+class Draws(NamedTuple):
+  """Where blocks get their random bits, and which of their values are there.
+
+  Attributes:
+    words: two uint32 [blocks, 1], the words of each block's stream.
+    own_words: likewise of the statistics' streams, where they have their own.
+    first: uint32 [blocks, 1], the place of each block's first element.
+    length: int32 [blocks], how many values a block has; None where every block is full.
+  """
+
+  words: tuple[jax.Array, jax.Array]
+  own_words: tuple[jax.Array, jax.Array] | None
+  first: jax.Array
+  length: Any
+
+  @property
+  def valid(self):
+    """Which values are there, bool [blocks, 32]; None for all."""
+    if self.length is None:
+      return None
+    column = jax.lax.broadcasted_iota(jnp.int32, (len(self.length), BLOCK), 1)
+    return column < self.length[:, None]
+
+  def bits(self, lane: int) -> jax.Array:
+    """The stream's bits of every element, uint32 [blocks, 32]."""
+    return element_bits(self.words, self._places(), lane=lane)
+
+  def own_bits(self, lane: int) -> jax.Array:
+    """The bits of the statistics."""
+    return element_bits(self.own_words or self.words, self._places(), lane=lane)
+
+  def _places(self):
+    shape = (self.first.shape[0], BLOCK)
+    return self.first + jax.lax.broadcasted_iota(_U32, shape, 1)
+
+
+def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
+  """(rows, values a row) of an array; a scalar is a row of one."""
+  return math.prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def blocks_in(shape: tuple[int, ...]) -> int:
+  """How many blocks an array has, short ones included."""
+  rows, n = rows_of(shape)
+  return rows * -(-n // BLOCK)
+
+
+def takes(x, low, fmt) -> bool:
+  """Whether x, of the weights low, can be joined: residuals by block, places that fit 32 bits."""
+  shape, whole = x.shape, low.shape
+  is_in_blocks = fmt.residual_bits in (0, 8, 16) or (bool(shape) and shape[-1] >= BLOCK)
+  return is_in_blocks and 0 < math.prod(whole) < 1 << 32
+
+
+def _pools(sizes: Sequence[int], most: int) -> list[list[int]]:
+  """Cuts a list of leaves of these numbers of blocks into runs of at most `most` blocks."""
+  result: list[list[int]] = [[]]
+  total = 0
+  for i, size in enumerate(sizes):
+    if result[-1] and total + size > most:
+      result.append([])
+      total = 0
+    result[-1].append(i)
+    total += size
+  return result if result[0] else []
+
+
+def fill(x: jax.Array, n: int) -> jax.Array:
+  """[..., n] -> [blocks, 32], each row filled up with zeros."""
+  x = x.reshape(-1, n) if x.size else x.reshape(0, n)
+  x = jnp.pad(x, ((0, 0), (0, -n % BLOCK))) if n % BLOCK else x
+  return x.reshape(-1, BLOCK)
+
+
+def cut_off(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The inverse of `fill`."""
+  rows, n = rows_of(shape)
+  if n % BLOCK:
+    blocks = blocks.reshape(rows, -(-n // BLOCK) * BLOCK)[:, :n]
+  return blocks.reshape(shape)
+
+
+class Joint:
+  """Arrays of some shapes behind each other, in blocks.
+
+  Attributes:
+    count: how many blocks there are.
+    counts: how many of them each array has.
+    spare: how many there are beyond.
+  """
+
+  def __init__(self, shapes: Sequence[tuple[int, ...]], whole_tiles: int = 1, on_gpu: bool = False):
+    """Blocks of zeros fill up the last of whole_tiles blocks.
+
+    on_gpu says how arrays are cut off again, so that it is quick to compile: for XLA:GPU
+    as static slices of one dimension, for XLA:CPU as dynamic ones, of which those of equal
+    shapes are one kernel.
+    """
+    self._shapes = list(shapes)
+    self.counts = [blocks_in(shape) for shape in shapes]
+    self.spare = -sum(self.counts) % whole_tiles
+    self.count = sum(self.counts) + self.spare
+    starts = list(itertools.accumulate(self.counts, initial=0))[:-1]
+    # Behind a barrier, or each slice is a kernel of its own.
+    self._starts = None if on_gpu else jax.lax.optimization_barrier(list(map(jnp.int32, starts)))
+
+  def lengths(self) -> np.ndarray:
+    """How many values each array's blocks have, int32."""
+    pairs = map(rows_of, self._shapes)
+    of = [np.tile(np.minimum(n - np.arange(0, n, BLOCK), BLOCK), rows) for rows, n in pairs]
+    return np.concatenate(of).astype(np.int32)
+
+  def values(self, xs) -> jax.Array:
+    """Arrays of the shapes -> [blocks, 32]."""
+    pairs = zip(xs, self._shapes, strict=True)
+    return self._behind_each_other([fill(x, rows_of(shape)[1]) for x, shape in pairs])
+
+  def by_block(self, xs) -> jax.Array:
+    """Arrays with k values for each block, in order -> [blocks, k]."""
+    pairs = zip(xs, self.counts, strict=True)
+    return self._behind_each_other([x.reshape(count, -1) for x, count in pairs])
+
+  def _behind_each_other(self, parts):
+    if self.spare:
+      parts = [*parts, jnp.zeros((self.spare, *parts[0].shape[1:]), parts[0].dtype)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+  def cut(self, x: jax.Array, like: Sequence[Any]) -> list[jax.Array]:
+    """[blocks, k] -> the parts, in the shapes of like."""
+    if self._starts is None:
+      return self._cut_flat(x, like)
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, x)
+    parts = list(map(take, self._starts, self.counts))
+    return self._shaped(parts, like, is_filled=x.shape[1] == BLOCK)
+
+  def _cut_flat(self, x: jax.Array, like: Sequence[Any]) -> list[jax.Array]:
+    is_filled, sizes = x.shape[1] == BLOCK, [count * x.shape[1] for count in self.counts]
+    if is_filled and any(n % BLOCK for _, n in map(rows_of, self._shapes)):
+      x, is_filled, sizes = self._without_filling(x), False, list(map(math.prod, self._shapes))
+    flat, starts = x.reshape(-1), itertools.accumulate(sizes[:-1], initial=0)
+    pairs = zip(starts, sizes, strict=True)
+    parts = [jax.lax.slice_in_dim(flat, start, start + size) for start, size in pairs]
+    return self._shaped(parts, like, is_filled)
+
+  def _shaped(self, parts, like, is_filled: bool):
+    if is_filled:
+      return list(map(cut_off, parts, self._shapes))
+    return [x.reshape(of.shape) for x, of in zip(parts, like, strict=True)]
+
+  def _without_filling(self, x: jax.Array) -> jax.Array:
+    """[blocks, 32] -> the arrays' values behind each other."""
+    starts = itertools.accumulate(map(math.prod, self._shapes[:-1]), initial=0)
+    pairs = zip(self._shapes, starts, strict=True)
+    places = np.concatenate([firsts(shape).astype(np.int32) + start for shape, start in pairs])
+    first = jnp.asarray(np.pad(places, (0, self.spare)))
+    length = jnp.asarray(np.pad(self.lengths(), (0, self.spare)))
+    size = sum(map(math.prod, self._shapes))
+    column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    # What is left out gets places beyond the end, one each.
+    beyond = jax.lax.iota(jnp.int32, len(x) * BLOCK).reshape(x.shape) + size
+    place = jnp.where(column < length[:, None], first[:, None] + column, beyond)
+    empty = jnp.zeros((size,), x.dtype)
+    return empty.at[place].set(x, mode="drop", unique_indices=True)
+
+
+def step_in_pools(program: Callable, leaves: Sequence[Any], index, windows, most: int, **options):
+  """`step` of as many leaves at a time as have at most `most` blocks.
+
+  With whole_tiles, each pool has as many blocks, so that they share a kernel.
+  """
+  counts = [blocks_in(leaf.gradient.shape) for leaf in leaves]
+  pools = _pools(counts, most)
+  if tiles := options.get("whole_tiles"):
+    largest = max((sum(counts[i] for i in pool) for pool in pools), default=0)
+    options["whole_tiles"] = -(-largest // tiles) * tiles
+  results = []
+  for pool in pools:
+    of = lambda xs, pool=pool: [xs[i] for i in pool]
+    results += step(program, of(leaves), index, of(windows), **options)
+  return results
+
+
+def step(
+  program: Callable,
+  leaves: Sequence[Any],
+  index: jax.Array | None,
+  windows: Sequence[Window | None] | None,
+  *,
+  on_gpu: bool,
+  whole_tiles: int = 1,
+  places: Sequence[np.ndarray] | None = None,
+):
+  """Steps leaves as one.
+
+  Args:
+    program: (leaf, draws) -> (low, delta, statistics), of a leaf [blocks, 32].
+    leaves: `leaf.Leaf`s that `takes` is true of, with the same formats.
+    index: the place of each leaf in a stack, or None.
+    windows: the part of a whole that each leaf is, or None.
+    on_gpu: as `Joint` takes it.
+    whole_tiles: the number of blocks is filled up to a multiple of this.
+    places: of each leaf, the place of each block's first element, if it is not its
+      place in the leaf.
+
+  Returns:
+    (low, delta, statistics) of each leaf.
+  """
+  stored = [leaf[1:4] for leaf in leaves]
+  if index is not None:
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    stored = jax.tree.map(take, stored)
+  shapes = [leaf.gradient.shape for leaf in leaves]
+  joint = Joint(shapes, whole_tiles, on_gpu)
+
+  def statistic(xs):
+    if not isinstance(xs[0], Blocks):
+      return joint.values(xs)
+    return Blocks(joint.values([x.codes for x in xs]), joint.by_block([x.scale for x in xs]))
+
+  lows, deltas, statistics = zip(*stored, strict=True)
+  residuals = None
+  if deltas[0] is not None:  # packed, it has as many bytes for each block, however short
+    join = joint.by_block if deltas[0].dtype == jnp.uint8 else joint.values
+    residuals = join(deltas)
+  leaf = type(leaves[0])(
+    gradient=joint.values([leaf.gradient for leaf in leaves]),
+    low=joint.values(lows),
+    delta=residuals,
+    statistics=[statistic(xs) for xs in zip(*statistics, strict=True)],
+    stream=None,
+  )
+  own = None
+  if leaves[0].statistics_stream is not None:
+    own = [leaf.statistics_stream for leaf in leaves]
+  if index is not None or windows:
+    given = windows or [None] * len(leaves)
+    places = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
+  new = program(leaf, draws(joint, shapes, [leaf.stream for leaf in leaves], own, places))
+  flat_new, treedef = jax.tree.flatten(new)
+  likes = zip(*(jax.tree.leaves(old) for old in stored), strict=True)
+  parts = [joint.cut(x, like) for x, like in zip(flat_new, likes, strict=True)]
+  results = [jax.tree.unflatten(treedef, part) for part in zip(*parts, strict=True)]
+  if index is None:
+    return results
+  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
+  return [
+    jax.tree.map(put, leaf[1:4], result) for leaf, result in zip(leaves, results, strict=True)
+  ]
+
+
+def firsts(shape: tuple[int, ...]) -> np.ndarray:
+  """The place of each block's first element, uint32 [blocks]."""
+  rows, n = rows_of(shape)
+  return (np.arange(rows)[:, None] * n + np.arange(0, n, BLOCK)).reshape(-1).astype(np.uint32)
+
+
+def _first_in_whole(leaf, index, window: Window | None):
+  """Likewise, in the whole that a leaf is a part of."""
+  shape = leaf.gradient.shape
+  first = firsts(shape)
+  if index is not None:
+    window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
+    window = Window((index, *window.start[1:]), window.shape)
+    shape = (1, *shape)
+  return first if window is None else whole_place(jnp.asarray(first), shape, window)
+
+
+def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws:
+  """The blocks' streams and places.
+
+  Args:
+    joint: the arrays.
+    shapes: theirs.
+    streams: the two words of each array's stream.
+    own_streams: likewise of their statistics, or None.
+    places: as `step` takes them.
+
+  Returns:
+    The `Draws`.
+  """
+  which = np.repeat(np.arange(len(shapes)), joint.counts)
+  which = np.concatenate([which, np.zeros(joint.spare, which.dtype)])
+
+  def words(streams):
+    table = jnp.stack(streams).at[which].get(mode="promise_in_bounds")
+    return table[:, :1], table[:, 1:]
+
+  zeros = np.zeros(joint.spare, np.uint32)
+  places = list(map(firsts, shapes)) if places is None else places
+  is_constant = all(isinstance(x, np.ndarray) for x in places)
+  first = (np if is_constant else jnp).concatenate([*places, zeros])
+  length = joint.lengths()
+  is_ragged = (length < BLOCK).any()
+  return Draws(
+    words(streams),
+    None if own_streams is None else words(own_streams),
+    jnp.asarray(first)[:, None].astype(_U32),
+    jnp.asarray(np.pad(length, (0, joint.spare))) if is_ragged else None,
+  )

@@ -1,0 +1,227 @@
+"""mosaic_gpu: the step of leaves as Mosaic GPU kernels, in one pass over memory, in place.
+
+A kernel holds a tile of blocks in registers, where XLA needs a block's scale before
+the first of its codes.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats import arithmetic, state_formats
+from pallas_kernels.formats.random_bits import Window, statistic_bits
+from pallas_kernels.formats.state_formats import BLOCK, Blocks
+from pallas_kernels.placement import implementations
+from pallas_kernels.programs import joined, tiles
+from pallas_kernels.programs.leaf import Leaf, bound, is_small
+
+# Leaves of one size in a kernel: more of them are fewer launches, and seconds more to compile.
+MOST_IN_A_KERNEL = 4
+# Small leaves of more sizes than these are joined: each is a kernel of its own to compile.
+MOST_SIZES = 24
+
+
+def takes(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> bool:
+  """Whether `step` takes a leaf: rows of whole blocks, or a small one of any shape.
+
+  Of whole arrays also large ones in which little is left of tiles of 32 x 32.
+  """
+  if all(map(tiles.takes_blocks, (shape, stack))):
+    return True
+  if not 0 < math.prod(stack) < implementations.MAX_SIZE:
+    return False
+  return is_small(shape) or (is_whole and tiles.takes_rectangle(*joined.rows_of(shape)))
+
+
+def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
+  """The step as Mosaic GPU kernels: one a leaf, small leaves of one size a few at a time."""
+  from pallas_kernels.programs import block_kernel
+
+  windows = windows or [None] * len(leaves)
+  tile = functools.partial(_tile, rules, formats, lands)
+  results: dict[int, Any] = {}
+
+  @jax.jit  # groups of one kind are lowered once
+  def kernel(scalars, group, of, when, index):
+    parts = [
+      None if x is None else ((*leaf.low.shape[:-1], leaf.low.shape[-1] // BLOCK), x.shape)
+      for leaf, x in zip(group, of, strict=True)
+    ]
+    block_leaves = list(map(functools.partial(_operands, lands), group, of))
+    block_kernel.blockwise(tile, block_leaves, scalars, when, index, parts)
+    return list(map(_frozen, group, block_leaves))
+
+  def run(those: Sequence[int]):
+    of = [_in_blocks(windows[i]) for i in those]
+    found = kernel(scalars, [leaves[i] for i in those], of, when, index)
+    results.update(zip(those, found, strict=True))
+
+  @jax.jit
+  def joined_kernel(leaf: Leaf, draws):
+    written = _operands(lands, leaf, None, draws)
+    block_kernel.blockwise(tile, [written], scalars, when)
+    return _frozen(leaf, written)
+
+  sizes: dict[int, list[int]] = {}
+  rest = []
+  for i, leaf in enumerate(leaves):
+    if not is_small(leaf.gradient.shape) and leaf.gradient.shape[-1] % BLOCK:
+      results[i] = _ragged(tile, joined_kernel, lands, scalars, leaf, when)
+    elif tiles.takes_blocks(leaf.gradient.shape):
+      sizes.setdefault(leaf.gradient.size, []).append(i)
+    else:
+      rest.append(i)
+  small = [n for n in sizes if is_small((n,))]
+  if len(small) > MOST_SIZES:
+    rest += [i for n in small for i in sizes.pop(n)]
+  for n, those in sizes.items():
+    most = MOST_IN_A_KERNEL if is_small((n,)) else 1
+    count = next(k for k in range(most, 0, -1) if len(those) % k == 0)
+    for i in range(0, len(those), count):
+      run(those[i : i + count])
+
+  of = lambda xs: [xs[i] for i in rest]
+  found = joined.step_in_pools(
+    joined_kernel,
+    of(leaves),
+    index,
+    of(windows),
+    joined.MOST,
+    on_gpu=True,
+    whole_tiles=tiles.TILE_ROWS,
+  )
+  results.update(zip(rest, found, strict=True))
+  return [results[i] for i in range(len(leaves))]
+
+
+def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
+  """A large leaf whose rows end in a short block: a kernel, and joined, what that leaves."""
+  from pallas_kernels.programs import block_kernel
+
+  rows, n = joined.rows_of(leaf.gradient.shape)
+  written = _operands(lands, leaf, None, row=n)
+  block_kernel.rectangle(tile, written, scalars, when)
+  whole_rows, whole_columns = (x // BLOCK * BLOCK for x in (rows, n))
+  right = np.arange(whole_rows, dtype=np.uint32) * np.uint32(n) + np.uint32(whole_columns)
+  parts = [(slice(0, whole_rows), whole_columns, right)]
+  if rows > whole_rows:
+    below = joined.firsts((rows - whole_rows, n)) + np.uint32(whole_rows * n)
+    parts.append((slice(whole_rows, rows), 0, below))
+
+  def cut(of_rows, start: int) -> Leaf:
+    place = of_rows, slice(start, n)
+    values = [ref[place] for ref in written.refs]
+    scales = iter([ref[of_rows, start // BLOCK :] for ref in written.scale_refs])
+    read = written.read[place]
+    low, *others = values
+    delta = None if leaf.delta is None else others.pop(0)
+    statistics = [
+      Blocks(x, next(scales)) if isinstance(old, Blocks) else x
+      for x, old in zip(others, leaf.statistics, strict=True)
+    ]
+    gradient, low = (low, read) if lands else (read, low)
+    return Leaf(gradient, low, delta, statistics, leaf.stream)
+
+  # One after the other, in the memory of one, by one kernel: as many blocks.
+  blocks = max(-(-len(first) // tiles.TILE_ROWS) * tiles.TILE_ROWS for _, _, first in parts)
+  for of_rows, start, first in parts:
+    some = [cut(of_rows, start)]
+    ((low, delta, statistics),) = joined.step(
+      joined_kernel, some, None, None, on_gpu=True, whole_tiles=blocks, places=[first]
+    )
+    values = [low] if delta is None else [low, delta]
+    values += [x.codes if isinstance(x, Blocks) else x for x in statistics]
+    scales = [x.scale for x in statistics if isinstance(x, Blocks)]
+    for ref, x in zip(written.refs, values, strict=True):
+      ref[of_rows, start:] = x
+    for ref, x in zip(written.scale_refs, scales, strict=True):
+      ref[of_rows, start // BLOCK :] = x
+  return _frozen(leaf, written)
+
+
+def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, values_T, scales_K):
+  """The step of a tile of blocks in registers."""
+  fmt, statistic_formats = formats
+  # Weights that are to land stay; the new ones take the gradients' place.
+  (low_T, *rest_T), scales_K = values_T, iter(scales_K)
+  if lands:
+    gradient_T, low_T = low_T, gradient_T
+  delta_T, dtype = None, None
+  if fmt.residual_bits:
+    delta_T, dtype = rest_T[0].astype(jnp.int32), rest_T.pop(0).dtype
+  master_T = arithmetic.merge_values(low_T, delta_T, fmt)
+  old_T = [
+    state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f, across)
+    for x_T, f in zip(rest_T, statistic_formats, strict=True)
+  ]
+  # What is read by its bits is no product.
+  products = False, False, *(f.has_scale for f in statistic_formats)
+  update_T, new_T = bound(rules, scalars, products=products)(
+    arithmetic.as_float32(gradient_T), master_T, old_T
+  )
+  if update_T is not None:
+    low_T, delta_T = arithmetic.move_values(low_T, delta_T, update_T, fmt, bits(0), lands)
+  values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(dtype)]
+  new_scales_K = []
+  for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
+    if valid is not None:
+      x_T = jnp.where(valid, x_T, 0)
+    codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i), across)
+    values_T.append(codes_T)
+    new_scales_K += [scale_K] if f.has_scale else []
+  return values_T, new_scales_K
+
+
+def _operands(
+  lands, leaf: Leaf, window: Window | None, draws=None, row: int = BLOCK
+) -> tiles.BlockLeaf:
+  blocks = lambda x: x.reshape(-1, row)
+  gradient, low = leaf.gradient, leaf.low
+  if lands:
+    gradient, low = low, gradient
+  values = [low] if leaf.delta is None else [low, leaf.delta]
+  values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
+  scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
+  if row != BLOCK:
+    scales = [x.reshape(-1, -(-row // BLOCK)) for x in scales]
+  refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
+  start, rows = None, tuple[jax.Array, ...]()
+  if window is not None:
+    start = jnp.stack([jnp.asarray(x, jnp.int32) for x in window.start])
+  if draws is not None:
+    rows = tuple(x.reshape(-1) for x in (*draws.words, draws.first))
+    if draws.length is not None:
+      rows = (*rows, draws.length)
+  return tiles.BlockLeaf(leaf.stream, blocks(gradient), refs, scale_refs, start, rows)
+
+
+def _frozen(leaf: Leaf, written: tiles.BlockLeaf):
+  """What the kernel wrote, in the shapes of the leaf."""
+  values, scales = iter(written.refs), iter(written.scale_refs)
+
+  def take(refs, x):
+    return jax.freeze(next(refs)).reshape(x.shape)
+
+  low = take(values, leaf.low)
+  delta = None if leaf.delta is None else take(values, leaf.delta)
+  statistics = [
+    Blocks(take(values, x.codes), take(scales, x.scale))
+    if isinstance(x, Blocks)
+    else take(values, x)
+    for x in leaf.statistics
+  ]
+  return low, delta, statistics
+
+
+def _in_blocks(window: Window | None) -> Window | None:
+  """A window of rows of whole blocks, in blocks along the last axis."""
+  if window is None:
+    return None
+  *start, last = window.start
+  last = 0 if isinstance(last, int) else last // BLOCK
+  return Window((*start, last), (*window.shape[:-1], window.shape[-1] // BLOCK))

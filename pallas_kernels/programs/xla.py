@@ -1,0 +1,123 @@
+"""xla: the step of leaves as XLA makes it, in two passes over memory where there are scales."""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import arithmetic, packing, state_formats
+from pallas_kernels.formats.random_bits import Window, random_bits, statistic_bits
+from pallas_kernels.programs import joined
+from pallas_kernels.programs.leaf import Leaf, bound, is_small
+
+
+def step(
+  rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None, *,
+  contracts=False, joins=False,
+):  # fmt: skip
+  """The step as an XLA program; leaves of one shape are traced once.
+
+  XLA:GPU may contract: kept from it, it keeps more in memory between its passes
+  (8 bytes a value of a leaf with clipping in front). Small leaves are joined where
+  XLA does not partition its program.
+  """
+  rule = bound(rules, scalars, contracts)
+  windows = windows or [None] * len(leaves)
+  xla = jax.jit(functools.partial(step_in_stack, rule, formats, lands))
+
+  def alone(leaf, window):
+    return xla(leaf, when, index, window)
+
+  if not joins:
+    return list(map(alone, leaves, windows))
+  program = lambda leaf, draws: step_leaf(rule, formats, lands, leaf, when, draws=draws)
+  return _small_joined(program, alone, formats, leaves, index, windows)
+
+
+def _small_joined(program, alone, formats, leaves, index, windows):
+  """Calls alone(leaf, window) for large leaves, and program(leaf, draws) for small ones joined."""
+  small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
+  small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
+  small = small if len(small) > 1 else []
+  of = lambda xs: [xs[i] for i in small]
+  found = joined.step_in_pools(program, of(leaves), index, of(windows), joined.MOST, on_gpu=True)
+  results = dict(zip(small, found, strict=True))
+  for i in set(range(len(leaves))) - set(small):
+    results[i] = alone(leaves[i], windows[i])
+  return [results[i] for i in range(len(leaves))]
+
+
+def step_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None):
+  """The step of one leaf; with an index, of that array of a stack, in place."""
+  if index is None:
+    return step_leaf(rule, formats, lands, leaf, when, window)
+  stack = leaf[1:4]
+  stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+  window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
+  window = Window((index, *window.start[1:]), window.shape)
+  low, delta, statistics = stored
+  one = leaf._replace(low=low, delta=delta, statistics=statistics)
+  new = step_leaf(rule, formats, lands, one, when, window)
+  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
+  return jax.tree.map(put, stack, new)
+
+
+def step_leaf(
+  rule, formats, lands, leaf: Leaf, when, window: Window | None = None, draws: Any = None
+):  # fmt: skip
+  """The step of one leaf; with draws, of joined ones."""
+  gradient, low, delta, statistics, stream, own = leaf
+  fmt, statistic_formats = formats
+  valid = None
+  if draws is None:
+    bits, own_bits = (
+      functools.partial(random_bits, words, low.shape, window=window)
+      for words in (stream, stream if own is None else own)
+    )
+  else:
+    bits, own_bits, valid = draws.bits, draws.own_bits, draws.valid
+  gradient = arithmetic.as_float32(gradient)
+  wide = packing.unpack(delta, low.shape, fmt)
+  master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
+
+  def run(stored):
+    update, values = rule(
+      gradient, master, list(map(state_formats.dequantize, stored, statistic_formats))
+    )
+    if valid is not None:
+      values = [jnp.where(valid, x, 0) for x in values]
+    return update, values
+
+  update, values = run(statistics)
+  scales = [
+    state_formats.block_scale(x, f) if f.has_scale else None
+    for x, f in zip(values, statistic_formats, strict=True)
+  ]
+  # Where there are scales, the statistics are computed again for the codes.
+  if any(scale is not None for scale in scales):
+    update, values = run(
+      [
+        x if scale is None else state_formats.read_again(x, scale)
+        for x, scale in zip(statistics, scales, strict=True)
+      ]
+    )
+  new_statistics = [
+    state_formats.quantize(x, f, statistic_bits(own_bits, i), scales[i])
+    for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True))
+  ]
+  new = low, delta, new_statistics
+  if update is not None:
+    new = (*_moved(fmt, lands, low, wide, update, bits(0)), new_statistics)
+  if when is None:
+    return new
+  return jax.tree.map(lambda x, y: jnp.where(when, x, y), new, (low, delta, statistics))
+
+
+def _moved(fmt, lands, low, wide, update, bits):
+  """The new weight and its packed residual."""
+  if fmt.is_full_precision:
+    return low + update, None
+  new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, bits, lands)
+  return new_low, packing.pack(new_wide, fmt)
