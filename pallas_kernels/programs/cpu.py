@@ -63,9 +63,9 @@ def _step_joined(rule, formats, lands, when, leaf, draws):
 def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
   """How many rows the chunks of a leaf have: of one size, if a good one divides it."""
   best = max(1, CHUNK // blocks_a_row)
-  if rows < 2 * best:  # no loop
+  if rows == 1 or rows * blocks_a_row < min(JOINED, 2 * CHUNK):  # no loop
     return [rows]
-  for count in range(-(-rows // (2 * best)), 2 * rows // best + 1):
+  for count in range(max(2, -(-rows // (2 * best))), max(2, 2 * rows // best) + 1):
     if rows % count == 0 and rows // count <= 2 * best:
       return [rows // count]
   return [best, rows % best] if rows % best else [best]
