@@ -16,12 +16,13 @@ from optax_lowmem.files.safetensors import export_safetensors as export_safetens
 from optax_lowmem.files.safetensors import import_safetensors as import_safetensors
 from optax_lowmem.flax.train_state import TrainState as TrainState
 from optax_lowmem.release.fused_backward import fused_backward as fused_backward
-from optax_lowmem.transforms.averages import EmaState as EmaState
+from optax_lowmem.states import DeltaBitsState as DeltaBitsState
+from optax_lowmem.states import EmaState as EmaState
+from optax_lowmem.states import LossScaleState as LossScaleState
+from optax_lowmem.states import QuantizedState as QuantizedState
 from optax_lowmem.transforms.averages import ema as ema
 from optax_lowmem.transforms.averages import ema_params as ema_params
-from optax_lowmem.transforms.delta_bits import DeltaBitsState as DeltaBitsState
 from optax_lowmem.transforms.delta_bits import delta_bits as delta_bits
-from optax_lowmem.transforms.loss_scaling import LossScaleState as LossScaleState
 from optax_lowmem.transforms.loss_scaling import dynamic_loss_scale as dynamic_loss_scale
 from optax_lowmem.transforms.loss_scaling import loss_scale as loss_scale
 from optax_lowmem.transforms.loss_scaling import scale_loss as scale_loss
@@ -30,7 +31,6 @@ from optax_lowmem.transforms.optimizers import adam as adam
 from optax_lowmem.transforms.optimizers import adamw as adamw
 from optax_lowmem.transforms.optimizers import lion as lion
 from optax_lowmem.transforms.optimizers import sgd as sgd
-from optax_lowmem.transforms.quantize_state import QuantizedState as QuantizedState
 from optax_lowmem.transforms.quantize_state import quantize_state as quantize_state
 from optax_lowmem.transforms.quantize_state import scale_by_adam as scale_by_adam
 from pallas_kernels import DeltaFormat as DeltaFormat

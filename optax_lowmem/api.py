@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem.engine import landing, sessions
+from optax_lowmem.states import DeltaBitsState, check_residuals, leaf_streams
 from optax_lowmem.transforms import loss_scaling
-from optax_lowmem.transforms.delta_bits import DeltaBitsState, _check_residuals, _streams
 from optax_lowmem.trees import pytrees
 from pallas_kernels.operations.merge import merge
 from pallas_kernels.operations.split import split_stream
@@ -133,7 +133,7 @@ def master_parts(params, opt_state) -> dict[str, tuple]:
   parts = {}
   for state in pytrees.find_states(opt_state, DeltaBitsState):
     held = {name: weights[name] for name, _ in state.formats.table if name in weights}
-    residuals = _check_residuals(state.residuals, held, state.formats)
+    residuals = check_residuals(state.residuals, held, state.formats)
     for name, low in held.items():
       parts[name] = low, residuals.get(name), state.formats.by_name[name]
   return parts
@@ -165,7 +165,7 @@ def load_master(params, opt_state):
   def load(node):
     if not isinstance(node, DeltaBitsState):
       return node
-    streams = _streams(node.key, node.step, node.formats.by_name)
+    streams = leaf_streams(node.key, node.step, node.formats.by_name)
     residuals = {}
     for name, fmt in node.formats.table:
       if name not in by_name:

@@ -9,8 +9,8 @@ import jax
 import optax
 
 from optax_lowmem import api
+from optax_lowmem.states import DeltaBitsState
 from optax_lowmem.transforms import loss_scaling
-from optax_lowmem.transforms.delta_bits import DeltaBitsState
 from optax_lowmem.trees import nnx_variables, pytrees
 
 

@@ -15,9 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem.engine.portable import portable_update
-from optax_lowmem.transforms.delta_bits import DeltaBitsState, _check_residuals, _streams
-from optax_lowmem.transforms.loss_scaling import LossScaleState
-from optax_lowmem.transforms.quantize_state import QuantizedState
+from optax_lowmem.states import (
+  DeltaBitsState,
+  LossScaleState,
+  QuantizedState,
+  check_residuals,
+  leaf_streams,
+)
 from optax_lowmem.trees import pytrees
 from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
@@ -163,7 +167,7 @@ class LeafSteps:
       )
     residuals = {}
     if self._delta is not None:
-      residuals = _check_residuals(self._delta.residuals, weights, self._delta.formats)
+      residuals = check_residuals(self._delta.residuals, weights, self._delta.formats)
     self._masks, self._decays = _evaluated(optimizer.mask, like, self.held)
     leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
     self._places: list[_Place] = places
@@ -225,10 +229,10 @@ class LeafSteps:
     """
     names = list(gradients)
     part = 0 if micro_batch is None else micro_batch
-    streams = _streams(self._state.key, self._step, names, part)
+    streams = leaf_streams(self._state.key, self._step, names, part)
     own_streams: dict[str, jax.Array] = {}
     if self._optimizer.is_declared and self._quantized is not None:
-      own_streams = _streams(self._quantized.key, self._quantized.step + 1, names, part)
+      own_streams = leaf_streams(self._quantized.key, self._quantized.step + 1, names, part)
     kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
     new = dict(stored)
     shapes = {name: g.value.shape for name, g in gradients.items()}

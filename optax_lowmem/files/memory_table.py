@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optax_lowmem.transforms.delta_bits import DeltaBitsState
+from optax_lowmem.states import DeltaBitsState
 from optax_lowmem.trees import nnx_variables, pytrees
 from pallas_kernels.formats.state_formats import Blocks
 

@@ -14,9 +14,8 @@ import optax
 
 from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Optimizer, Stored
 from optax_lowmem.release import layer_calls
+from optax_lowmem.states import DeltaBitsState, QuantizedState
 from optax_lowmem.transforms import loss_scaling
-from optax_lowmem.transforms.delta_bits import DeltaBitsState
-from optax_lowmem.transforms.quantize_state import QuantizedState
 from optax_lowmem.trees import nnx_variables, pytrees
 
 

@@ -1,46 +1,17 @@
 """ema: an exponential moving average of the weights, kept as the weights are."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem.transforms.delta_bits import (
-  Weights,
-  _check_residuals,
-  _formats_for,
-  _streams,
-  _zeros,
-)
+from optax_lowmem.states import EmaState, check_residuals, leaf_streams
+from optax_lowmem.transforms.delta_bits import Weights, _formats_for, _zeros
 from optax_lowmem.trees import nnx_variables, pytrees
-from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
 from pallas_kernels.formats import arithmetic
 from pallas_kernels.formats.random_bits import key_words
 from pallas_kernels.operations.merge import merge
 from pallas_kernels.operations.split import split_stream
-
-
-class EmaState(NamedTuple):
-  """State of `ema`.
-
-  Attributes:
-    formats: the formats by leaf name, as in `DeltaBitsState`.
-    count: int32 scalar, the updates so far; it numbers the random bits.
-    key: uint32 [2], raw key data.
-    ema: the sums, the parameters' tree, each leaf in its format.
-    residuals: their residuals, packed as the weights' are; None where there is none.
-    correction: float32 scalar, what the sums are divided by: `1 - decay**count`,
-      or 1 with `debias=False`.
-  """
-
-  formats: Formats
-  count: jax.Array  # type: ignore[assignment] # Optax's name, and a method of tuples
-  key: jax.Array
-  ema: Any
-  residuals: Any
-  correction: jax.Array
 
 
 def ema(
@@ -120,10 +91,10 @@ def ema(
     formats = state.formats
     _check_values(updates, state)
     sums = pytrees.named_leaves(state.ema)
-    residuals = _check_residuals(state.residuals, sums, formats)
+    residuals = check_residuals(state.residuals, sums, formats)
     count = optax.safe_increment(state.count)
     # Names that no parameter has: the weights' own rounding draws other bits from the same key.
-    streams = _streams(state.key, count, [f"ema of {name}" for name in formats.by_name])
+    streams = leaf_streams(state.key, count, [f"ema of {name}" for name in formats.by_name])
 
     def step(name, value):
       fmt = formats.get(name)

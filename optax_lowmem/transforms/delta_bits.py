@@ -1,8 +1,8 @@
 """delta_bits: half-precision weights whose float32 master is kept in residual bits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,39 +10,18 @@ import optax
 
 from optax_lowmem.engine import landing, sessions
 from optax_lowmem.engine.portable import portable_update
-from optax_lowmem.transforms.loss_scaling import LossScaleState
+from optax_lowmem.states import DeltaBitsState, check_residuals, leaf_streams, was_taken
 from optax_lowmem.trees import nnx_variables, pytrees
 from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
 from pallas_kernels.formats import arithmetic, packing
-from pallas_kernels.formats.random_bits import key_words, leaf_id, stream_keys
-from pallas_kernels.operations import checks
+from pallas_kernels.formats.random_bits import key_words
 from pallas_kernels.operations.apply_update import apply_update_stream
 from pallas_kernels.operations.merge import merge
 from pallas_kernels.operations.split import split_leaves
 from pallas_kernels.placement import sharded
 
 Weights = Any  # a format, a pytree prefix of formats, or a callable (path, leaf) -> format
-
-
-class DeltaBitsState(NamedTuple):
-  """State of `delta_bits`.
-
-  Attributes:
-    formats: the formats by leaf name, static but for a uint32 scalar whose name
-      in the tree spells them, so that a restore into others is refused.
-    step: int32 scalar, the updates so far; it numbers the random bits.
-    key: uint32 [2], raw key data.
-    residuals: the parameters' tree, each leaf packed as
-      `pallas_kernels.formats.packing` describes, or None where there is none.
-    inner_state: the wrapped transformation's, over float32 master weights.
-  """
-
-  formats: Formats  # first, so that what compares trees leaf by leaf names it first
-  step: jax.Array
-  key: jax.Array
-  residuals: Any
-  inner_state: Any
 
 
 def delta_bits(
@@ -112,7 +91,7 @@ def delta_bits(
     seed = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
     session = sessions.current(sessions.InitSession)
     formats = _formats_for(weights, params, converting=session is not None)
-    streams = _streams(seed, 0, formats.by_name)
+    streams = leaf_streams(seed, 0, formats.by_name)
     residuals, masters = {}, {}
     whole: dict[DeltaFormat, dict[str, jax.Array]] = {}
     for name, leaf in pytrees.named_leaves(params).items():
@@ -154,7 +133,7 @@ def delta_bits(
     pytrees.check_gradients(updates, params)
     formats = state.formats
     weights_by_name = pytrees.named_leaves(params)
-    residuals = _check_residuals(state.residuals, weights_by_name, formats)
+    residuals = check_residuals(state.residuals, weights_by_name, formats)
     grads_by_name = pytrees.named_leaves(updates)
 
     def master(name, leaf):
@@ -170,8 +149,8 @@ def delta_bits(
       pytrees.map_named(master, params),
       **extra_args,
     )
-    next_step = state.step + _was_taken(state.inner_state, inner_state)
-    streams = _streams(state.key, next_step, formats.by_name)
+    next_step = state.step + was_taken(state.inner_state, inner_state)
+    streams = leaf_streams(state.key, next_step, formats.by_name)
     session = sessions.current(sessions.StepSession)
     new_residuals = {}
 
@@ -276,19 +255,6 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   return find
 
 
-def _streams(
-  words, step, names: Iterable[str], micro_batch: jax.typing.ArrayLike = 0
-) -> dict[str, jax.Array]:
-  """Each leaf's words of the random stream at a step, by name."""
-  names = sorted(names)
-  if not names:
-    return {}
-  keys = stream_keys(words, step, [leaf_id(name) for name in names], micro_batch)
-  # Behind a barrier: fused into a leaf's program, its place in keys would make it one of its own.
-  words = jax.lax.optimization_barrier([keys[i] for i in range(len(names))])
-  return dict(zip(names, words, strict=True))
-
-
 def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:
   """The residual of a half-precision leaf, sharded like it."""
 
@@ -296,40 +262,6 @@ def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:
     return packing.pack(sharded.like(jnp.zeros(leaf.shape, jnp.int32), leaf), fmt)
 
   return sharded.automatic(zeros, leaf, leaf)
-
-
-def _check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, jax.Array]:
-  """The residuals by leaf name, each checked against its weight."""
-  by_name = pytrees.named_leaves(residuals)
-  for name, leaf in weights_by_name.items():
-    fmt = formats.get(name)
-    if fmt is None:
-      if pytrees.is_half(leaf):
-        raise TypeError(
-          f"params{name} is {leaf.dtype}, but it had no format when the state was made from"
-          " float32 parameters. Make the state with lowmem.init(tx, params32), or after casting."
-        )
-      continue
-    checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
-  for name, _ in formats.table:
-    if name not in weights_by_name:
-      raise ValueError(f"The state holds a residual for params{name}, which params do not have.")
-  return by_name
-
-
-def _was_taken(old_inner, new_inner) -> jax.Array | int:
-  """1, or 0 where a loss scale inside skipped the step: then no random bits are used up."""
-  skips = [
-    new.skipped != old.skipped
-    for old, new in zip(
-      pytrees.find_states(old_inner, LossScaleState),
-      pytrees.find_states(new_inner, LossScaleState),
-      strict=True,
-    )
-  ]
-  if not skips:
-    return 1
-  return 1 - jnp.any(jnp.stack(skips)).astype(jnp.int32)
 
 
 def _refuse_half_hyperparameters(inner: optax.GradientTransformation):

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +10,9 @@ import numpy as np
 import optax
 
 from optax_lowmem.engine import landing, sessions
+from optax_lowmem.states import LossScaleState
 from optax_lowmem.trees import nnx_variables, pytrees
 from pallas_kernels.operations.all_finite import all_finite, scaled
-
-
-class LossScaleState(NamedTuple):
-  """State of `dynamic_loss_scale` and `static_loss_scale`.
-
-  Attributes:
-    scale: float32 scalar, what the next loss is multiplied by.
-    growth_count: int32 scalar, finite steps since the scale last changed.
-    skipped: int32 scalar, steps skipped so far.
-    skipped_in_a_row: int32 scalar, steps skipped since the last finite one.
-    inner_state: the wrapped transformation's.
-  """
-
-  scale: jax.Array
-  growth_count: jax.Array
-  skipped: jax.Array
-  skipped_in_a_row: jax.Array
-  inner_state: Any
 
 
 def dynamic_loss_scale(

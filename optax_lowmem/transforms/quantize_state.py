@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 
 from optax_lowmem.engine import landing, sessions
 from optax_lowmem.engine.portable import portable_update
-from optax_lowmem.transforms.delta_bits import _streams, _was_taken
+from optax_lowmem.states import QuantizedState, leaf_streams, was_taken
 from optax_lowmem.trees import nnx_variables, pytrees
 from optax_lowmem.trees.formats import Formats, Statistic
 from pallas_kernels.formats import state_formats
@@ -30,24 +30,6 @@ class _Default(str):
 
 
 DEFAULT: Any = _Default("int8")
-
-
-class QuantizedState(NamedTuple):
-  """State of `quantize_state`.
-
-  Attributes:
-    formats: a `Statistic` by leaf name, static but for the scalar that spells
-      them; see `DeltaBitsState`.
-    step: int32 scalar, the updates so far; it numbers the random bits.
-    key: uint32 [2], raw key data.
-    inner_state: the wrapped transformation's, its statistics as
-      `pallas_kernels.formats.state_formats` stores them.
-  """
-
-  formats: Formats
-  step: jax.Array
-  key: jax.Array
-  inner_state: Any
 
 
 def quantize_state(
@@ -212,7 +194,7 @@ def quantize(
     # Where there are scales, the statistics are computed again for the codes.
     if scales := _block_scales(after, table):
       updates, after = inner_update(_read_again(state.inner_state, scales))
-    step = state.step + _was_taken(state.inner_state, after)
+    step = state.step + was_taken(state.inner_state, after)
     stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(table, step, state.key, stored)
 
@@ -309,7 +291,7 @@ def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
 
 def _store(inner_state, table: Formats, words, step, scales):
   """Inner's state with its statistics as they are stored."""
-  streams = _streams(words, step, {x.parameter for _, x in table.table})
+  streams = leaf_streams(words, step, {x.parameter for _, x in table.table})
 
   def store(name, x):
     known = table.get(name)

@@ -197,7 +197,7 @@ def step_in_pools(program: Callable, leaves: Sequence[Any], index, windows, most
   if tiles := options.get("whole_tiles"):
     largest = max((sum(counts[i] for i in pool) for pool in pools), default=0)
     options["whole_tiles"] = -(-largest // tiles) * tiles
-  results = []
+  results: list[Any] = []
   for pool in pools:
     of = lambda xs, pool=pool: [xs[i] for i in pool]
     mine = of(leaves)
