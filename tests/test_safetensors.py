@@ -9,6 +9,8 @@ import sys
 
 from conftest import assert_trees_equal
 from flax import nnx
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -144,12 +146,67 @@ def test_errors_name_the_leaf(tmp_path):
     b"\x08" + bytes(7) + b"not json",
   ):
     path.write_bytes(broken)
-    with pytest.raises(ValueError, match=r"no safetensors file|bytes of values"):
+    with pytest.raises(ValueError, match="no valid safetensors file: "):
       lowmem.import_safetensors(path, tx, params32)
   norm = optax.GradientTransformation(lambda p: {"norm": optax.tree.norm(p)}, None)
   safetensors.numpy.save_file(flat, path)
   with pytest.raises(ValueError, match=r"\['norm'\] of several parameters"):
     lowmem.import_safetensors(path, lowmem.delta_bits(norm), params32)
+
+
+@pytest.mark.parametrize(
+  "header",
+  [
+    {},
+    [],
+    {"a": 3},
+    {"a": {"shape": [4], "data_offsets": [0, 16]}},
+    {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
+    {"a": {"dtype": "F32", "shape": [4]}},
+    {"a": {"dtype": "F32", "shape": "ab", "data_offsets": [0, 16]}},
+    {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+    {"a": {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]}},
+    {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}},
+    {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
+    {
+      "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+      "b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+    },
+  ],
+)
+def test_bad_headers(header, tmp_path):
+  """Each is a ValueError that says what is wrong; nothing is half loaded."""
+  encoded = json.dumps(header).encode()
+  path = tmp_path / "bad.safetensors"
+  path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(16))
+  with pytest.raises(ValueError, match=r"bad\.safetensors is no valid safetensors file: "):
+    lowmem.import_safetensors(path, lowmem.adamw(1e-3), {"a": np.ones(4, np.float32)})
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.data())
+def test_damaged_files(tmp_path_factory, data):
+  """One byte of the header is another: the same parameters, or a ValueError that names the file."""
+  path = tmp_path_factory.mktemp("damaged") / "model.safetensors"
+  params32 = {"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 3), np.float32)}
+  safetensors.numpy.save_file(params32, path)
+  whole = bytearray(path.read_bytes())
+  place = data.draw(st.integers(0, len(whole) - 41))  # 40 bytes of values
+  whole[place] = data.draw(st.integers(0, 255))
+  path.write_bytes(whole)
+  tx = lowmem.adamw(1e-3)
+  try:
+    found = lowmem.import_safetensors(path, tx, params32)
+  except ValueError as error:
+    assert "model.safetensors" in str(error)
+    return
+  assert_trees_equal(found[0], lowmem.init(tx, params32)[0])
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "safetensors", None)
+  with pytest.raises(ModuleNotFoundError, match=r"optax_lowmem\[safetensors\]"):
+    lowmem.import_safetensors(tmp_path / "x", lowmem.adamw(1e-3), {"a": np.ones(4, np.float32)})
 
 
 def test_a_failed_export_leaves_the_old_file(tmp_path):
