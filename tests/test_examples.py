@@ -123,8 +123,8 @@ def test_loss_by_layers(dtype):
 
 
 def test_release_nnx(monkeypatch, capsys):
-  monkeypatch.setattr(release_nnx, "WIDTH", 128)
-  monkeypatch.setattr(release_nnx, "LAYERS", 4)
+  monkeypatch.setattr(release_nnx, "WIDTH", 192)
+  monkeypatch.setattr(release_nnx, "LAYERS", 6)
   release_nnx.main(["--steps", "3"])
   head, plain, released = capsys.readouterr().out.splitlines()
   assert "loss before" in head and "peak MB" in head

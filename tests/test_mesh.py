@@ -341,7 +341,7 @@ def test_eight_h100s(kind):
   values = sum(math.prod(shape) for shape, _ in H100_TABLE.values()) // 8
   assert memory.argument_size_in_bytes < 7.14 * values
   assert text.count('custom_call_target="mosaic_gpu') == 2
-  assert memory.temp_size_in_bytes < 8192
+  assert memory.temp_size_in_bytes < 16384  # of joined leaves: copies
 
 
 @pytest.mark.h100

@@ -29,7 +29,7 @@ ZERO = ("zero",)
 _NAME = "optax_lowmem_marked"
 _JAX = os.path.dirname(jax.__file__)
 _OPTAX = os.path.dirname(optax.__file__)
-_OURS = os.path.dirname(__file__)
+_OURS = os.path.dirname(os.path.dirname(__file__))
 
 # One value in the shape or the dtype of another: what it says of a choice is the same.
 _SAME_VALUE = frozenset("broadcast_in_dim convert_element_type reshape squeeze copy copy_p".split())

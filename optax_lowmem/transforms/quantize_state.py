@@ -226,6 +226,15 @@ def _zeros_of(inner_state, table: Formats, parameters, words):
   state = pytrees.map_named(zeros, inner_state)
   if not traced:
     return state
+  if sessions.is_leaf_by_leaf():
+    stored = {name: _traced_zeros({name: x}, formats)[name] for name, x in traced.items()}
+  else:
+    stored = _traced_zeros(traced, formats)
+  return pytrees.map_named(lambda name, x: stored.get(name, x), state)
+
+
+def _traced_zeros(traced: dict[str, jax.Array], formats: dict[str, StateFormat]) -> dict[str, Any]:
+  """What is stored of zeros, by name, in one program."""
   struct = {name: state_formats.stored_struct(x.shape, formats[name]) for name, x in traced.items()}
 
   def each(xs):
@@ -236,8 +245,7 @@ def _zeros_of(inner_state, table: Formats, parameters, words):
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
 
   programs = {"any": each, "cpu": alone, "gpu": alone, "gpus": each, "mosaic_gpus": each}
-  stored = by_device(programs, traced, like=struct)
-  return pytrees.map_named(lambda name, x: stored.get(name, x), state)
+  return by_device(programs, traced, like=struct)
 
 
 def _widen(x):
