@@ -200,15 +200,13 @@ def step_in_pools(program: Callable, leaves: Sequence[Any], index, windows, most
   results: list[Any] = []
   for pool in pools:
     of = lambda xs, pool=pool: [xs[i] for i in pool]
-    mine = of(leaves)
-    if results and not options["on_gpu"]:
-      mine = _after(results[-1][0], mine)
-    results += step(program, mine, index, of(windows), **options)
+    after = results[-1][0] if results and not options["on_gpu"] else None
+    results += step(program, of(leaves), index, of(windows), after=after, **options)
   return results
 
 
-def _after(low: jax.Array, leaves: Sequence[Any]):
-  """The leaves as they are, but to XLA they depend on the new weights of others.
+def _after(low: jax.Array, tree):
+  """Arrays as they are, but to XLA they depend on the new weights of others.
 
   XLA:CPU would join all pools before it steps the first, and keep what all of them
   need. Barriers are gone by the time that it orders its operations.
@@ -216,7 +214,7 @@ def _after(low: jax.Array, leaves: Sequence[Any]):
   word = {2: jnp.uint16, 4: _U32}[low.dtype.itemsize]
   bits = jax.lax.bitcast_convert_type(low.reshape(-1)[0], word).astype(_U32)
   never = bits >> _U32(8 * low.dtype.itemsize - 8) > _U32(0xFF)
-  return jax.tree.map(lambda x: jnp.where(never, jnp.zeros((), x.dtype), x), leaves)
+  return jax.tree.map(lambda x: jnp.where(never, jnp.zeros((), x.dtype), x), tree)
 
 
 def step(
@@ -228,6 +226,7 @@ def step(
   on_gpu: bool,
   whole_tiles: int = 1,
   places: Sequence[np.ndarray] | None = None,
+  after: jax.Array | None = None,
 ):
   """Steps leaves as one.
 
@@ -240,15 +239,19 @@ def step(
     whole_tiles: the number of blocks is filled up to a multiple of this.
     places: of each leaf, the place of each block's first element, if it is not its
       place in the leaf.
+    after: weights that are to be stepped before, or None.
 
   Returns:
     (low, delta, statistics) of each leaf.
   """
-  stored = [leaf[1:4] for leaf in leaves]
+  stored, gradients = [leaf[1:4] for leaf in leaves], [leaf.gradient for leaf in leaves]
+  streams = [(leaf.stream, leaf.statistics_stream) for leaf in leaves]
   if index is not None:
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     stored = jax.tree.map(take, stored)
-  shapes = [leaf.gradient.shape for leaf in leaves]
+  if after is not None:
+    stored, gradients, streams = _after(after, (stored, gradients, streams))
+  shapes = [x.shape for x in gradients]
   joint = Joint(shapes, whole_tiles, on_gpu)
 
   def statistic(xs):
@@ -262,19 +265,18 @@ def step(
     join = joint.by_block if deltas[0].dtype == jnp.uint8 else joint.values
     residuals = join(deltas)
   leaf = type(leaves[0])(
-    gradient=joint.values([leaf.gradient for leaf in leaves]),
+    gradient=joint.values(gradients),
     low=joint.values(lows),
     delta=residuals,
     statistics=[statistic(xs) for xs in zip(*statistics, strict=True)],
     stream=None,
   )
-  own = None
-  if leaves[0].statistics_stream is not None:
-    own = [leaf.statistics_stream for leaf in leaves]
   if index is not None or windows:
     given = windows or [None] * len(leaves)
     places = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
-  new = program(leaf, draws(joint, shapes, [leaf.stream for leaf in leaves], own, places))
+  words, own = zip(*streams, strict=True)
+  own_words = None if own[0] is None else own
+  new = program(leaf, draws(joint, shapes, words, own_words, places))
   flat_new, treedef = jax.tree.flatten(new)
   likes = zip(*(jax.tree.leaves(old) for old in stored), strict=True)
   parts = [joint.cut(x, like) for x, like in zip(flat_new, likes, strict=True)]
