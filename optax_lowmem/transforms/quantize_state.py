@@ -244,8 +244,7 @@ def _traced_zeros(traced: dict[str, jax.Array], formats: dict[str, StateFormat])
     del xs
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), struct)
 
-  programs = {"any": each, "cpu": alone, "gpu": alone, "gpus": each, "mosaic_gpus": each}
-  return by_device(programs, traced, like=struct)
+  return by_device({"any": each, "cpu": alone, "gpu": alone}, traced, like=struct)
 
 
 def _widen(x):

@@ -32,7 +32,7 @@ def all_finite(arrays: Sequence[jax.Array], factor: jax.Array) -> jax.Array:
   arrays = [x for x in arrays if x.size]  # jaxlib 0.11.2 dies of an empty one in a shard_map
   mesh = sharded.mesh_of(arrays)
   if mesh is None:
-    partitioned = dict.fromkeys(("cpus", "gpus", "mosaic_gpus"), _partitioned)
+    partitioned = dict.fromkeys(("cpus", "gpus"), _partitioned)
     return by_device({"any": _all_finite} | partitioned, arrays, factor)
   if any(kind != AxisType.Explicit for kind in mesh.axis_types):
     return _all_finite(arrays, factor)

@@ -10,7 +10,7 @@ from pallas_kernels.formats.random_bits import random_bits
 from pallas_kernels.formats.weights import DeltaFormat
 from pallas_kernels.operations import checks
 from pallas_kernels.placement import implementations, sharded
-from pallas_kernels.programs import elementwise
+from pallas_kernels.programs.elementwise import elementwise
 
 
 def apply_update(
@@ -68,7 +68,7 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
     low_T, new_T = arithmetic.apply_values(low_T, wide_T, update_T, fmt, bits)
     return (low_T,) if delta_T is None else (low_T, new_T.astype(delta_T.dtype))
 
-  low, *delta = elementwise.elementwise(
+  low, *delta = elementwise(
     tile,
     key=stream if fmt.needs_key else None,
     reads=[update],

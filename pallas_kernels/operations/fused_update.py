@@ -131,9 +131,8 @@ def fused_update_leaves(
       return shards.each(kernel)(scalars, leaves, when, index)
     if implementations.interpreter_is_forced():  # its effects are none of by_device's
       return kernel(scalars, leaves, when, index)
-    refused = {"mosaic_gpus": _refuse, "gpus": _refuse}
-    on_shards = _on_shards(rules, formats, lands, leaves)
-    return by_device({"any": kernel, **refused, **on_shards}, scalars, leaves, when, index)
+    several = {"gpus": _refuse} | _on_shards(rules, formats, lands, leaves)
+    return by_device({"any": kernel} | several, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
@@ -145,7 +144,6 @@ def fused_update_leaves(
     "any": by_xla,
     "gpu": functools.partial(by_xla, contracts=True, joins=is_flat and not is_plain),
     "gpus": functools.partial(by_xla, contracts=True),
-    "mosaic_gpus": functools.partial(by_xla, contracts=True),
   }
   if mesh is not None and shards is None:  # XLA moves what belongs together
     programs["gpu"] = programs["gpus"]

@@ -9,7 +9,7 @@ from pallas_kernels.formats import arithmetic, packing
 from pallas_kernels.formats.weights import DeltaFormat
 from pallas_kernels.operations import checks
 from pallas_kernels.placement import implementations, sharded
-from pallas_kernels.programs import elementwise
+from pallas_kernels.programs.elementwise import elementwise
 
 
 def merge(
@@ -56,7 +56,7 @@ def merge(
     return (arithmetic.merge_values(low_T, delta_T, fmt),)
 
   reads = [low] if delta is None else [low, delta]
-  return elementwise.elementwise(tile, reads=reads, outputs=[jnp.float32])[0]
+  return elementwise(tile, reads=reads, outputs=[jnp.float32])[0]
 
 
 def _xla(fmt: DeltaFormat, low, delta):

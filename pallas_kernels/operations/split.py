@@ -11,7 +11,9 @@ from pallas_kernels.operations import checks
 from pallas_kernels.operations.merge import merge
 from pallas_kernels.placement import implementations, sharded
 from pallas_kernels.placement.by_device import by_device
-from pallas_kernels.programs import elementwise, joined
+from pallas_kernels.programs import joined
+from pallas_kernels.programs.elementwise import elementwise
+from pallas_kernels.programs.leaf import is_small
 
 
 def split(
@@ -67,9 +69,7 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
     return (low_T,) if residual is None else (low_T, delta_T.astype(residual.dtype))
 
   outputs = [fmt.dtype] if residual is None else [fmt.dtype, residual.dtype]
-  low, *delta = elementwise.elementwise(
-    tile, key=stream if fmt.needs_key else None, reads=[x], outputs=outputs
-  )
+  low, *delta = elementwise(tile, key=stream if fmt.needs_key else None, reads=[x], outputs=outputs)
   return low, delta[0] if delta else None
 
 
@@ -90,9 +90,9 @@ def split_leaves(xs, fmt: DeltaFormat, streams, merges: bool):
     results = [split_stream(x, fmt, stream) for x, stream in zip(xs, streams, strict=True)]
     return [(low, delta, merge(low, delta, fmt) if merges else None) for low, delta in results]
   each = functools.partial(_xla_leaves, fmt, merges)
-  on_cpu, on_gpu = (functools.partial(_joined_leaves, fmt, merges, x) for x in (False, True))
-  several = {"gpus": each, "mosaic_gpus": each}
-  return by_device({"any": each, "cpu": on_cpu, "gpu": on_gpu, **several}, xs, streams)
+  together = functools.partial(_joined_leaves, fmt, merges)
+  on_one = {kind: functools.partial(together, kind == "gpu") for kind in ("cpu", "gpu")}
+  return by_device({"any": each} | on_one, xs, streams)
 
 
 def _xla_leaves(fmt: DeltaFormat, merges: bool, xs, streams):
@@ -107,7 +107,7 @@ def _split_and_merge(fmt, merges, x, stream):
 
 
 def _joined_leaves(fmt: DeltaFormat, merges: bool, on_gpu: bool, xs, streams):
-  small = [i for i, x in enumerate(xs) if joined.takes(x, x, fmt) and x.size < 1 << 18]
+  small = [i for i, x in enumerate(xs) if joined.takes(x, x, fmt) and is_small(x.shape)]
   small = small if len(small) > 1 else []
   large = [i for i in range(len(xs)) if i not in set(small)]
   found = _xla_leaves(fmt, merges, [xs[i] for i in large], [streams[i] for i in large])

@@ -8,7 +8,7 @@ from pallas_kernels.formats.random_bits import key_words, random_bits, stream_ke
 from pallas_kernels.formats.weights import GRIDS
 from pallas_kernels.operations import checks
 from pallas_kernels.placement import implementations
-from pallas_kernels.programs import elementwise
+from pallas_kernels.programs.elementwise import elementwise
 
 
 def stochastic_round(
@@ -56,4 +56,4 @@ def stochastic_round(
   def tile(bits, x_T):
     return (arithmetic.round_to(x_T, dtype, "stochastic", bits),)
 
-  return elementwise.elementwise(tile, key=stream, reads=[x], outputs=[dtype])[0]
+  return elementwise(tile, key=stream, reads=[x], outputs=[dtype])[0]

@@ -32,10 +32,10 @@ def by_device(
   """Calls one of several programs with equal results.
 
   Args:
-    programs: by kind of device: "any" (needed), "gpu", "mosaic_gpu" (one
-      NVIDIA GPU that the kernels compile for), "mosaic_gpus" (several such, in
-      one program that XLA partitions), "gpus" (any others), "cpu" (one CPU
-      device) and "cpus". They close over no tracers.
+    programs: by kind of device: "any" (needed), "cpu" and "gpu" (one device),
+      "cpus" and "gpus" (several, in one program that XLA partitions),
+      "mosaic_gpu" and "mosaic_gpus" (NVIDIA GPUs that the kernels compile for;
+      without them "gpu" and "gpus"). They close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
     on_each: whether the programs run the same on each of several devices
       (`jax.shard_map`): the device is then any of them.
@@ -71,8 +71,7 @@ def _is_plain(aval) -> bool:
 
 def _flat_program(kind: str, programs, treedef):
   by_kind: dict[str, Callable] = dict(programs)
-  is_gpu = kind in ("mosaic_gpu", "mosaic_gpus", "gpus")
-  program = by_kind.get(kind) or (is_gpu and by_kind.get("gpu")) or by_kind["any"]
+  program = by_kind.get(kind) or by_kind.get(kind.removeprefix("mosaic_")) or by_kind["any"]
   return lambda *flat: jax.tree.leaves(program(*jax.tree.unflatten(treedef, flat)))
 
 

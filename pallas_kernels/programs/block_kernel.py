@@ -1,8 +1,8 @@
 """Launching Mosaic GPU kernels on blocks of 32 neighbours, which have a scale each.
 
 Arrays are walked as [blocks, 32], 32 blocks (one warpgroup) a program; the rest
-of an array is cut into tiles of 8 blocks, of which the last two may overlap, and
-several arrays can share a launch. Everything is in place, as in `launch`.
+of an array is cut into tiles of 8 blocks. The last two of them may overlap. Several
+arrays can share a launch. Everything is in place, as in `elementwise`.
 """
 
 from collections.abc import Callable, Sequence
@@ -158,7 +158,7 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
 
 
 def _compiler_params(overlaps: bool = False) -> plgpu.CompilerParams:
-  """How a kernel is compiled, of which tiles perhaps overlap."""
+  """How a kernel is compiled; overlaps says whether tiles of it do."""
   return plgpu.CompilerParams(
     # Every layout is given here: inferring them takes two thirds of the time to lower a kernel.
     lowering_semantics=plgpu.LoweringSemantics.Lane,

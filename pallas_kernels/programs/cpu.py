@@ -37,17 +37,13 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index=Non
   """`fused_update_leaves`' arguments and results."""
   rule = bound(rules, scalars, keep=_keep)
   windows = windows or [None] * len(leaves)
-  sizes = [joined.blocks_in(leaf.gradient.shape) for leaf in leaves]
-  small = [i for i, size in enumerate(sizes) if size < JOINED]
-  if len(small) == 1:
-    small = []
+  small = [i for i, x in enumerate(leaves) if joined.blocks_in(x.gradient.shape) < JOINED]
   program = functools.partial(_step_joined, rule, formats, lands, when)
-  of = lambda xs: [xs[i] for i in small]
-  found = joined.step_in_pools(program, of(leaves), index, of(windows), CHUNK, on_gpu=False)
-  results = dict(zip(small, found, strict=True))
-  for i in set(range(len(leaves))) - set(small):
-    results[i] = _step_large(rule, formats, lands, leaves[i], when, index, windows[i])
-  return [results[i] for i in range(len(leaves))]
+
+  def alone(leaf, window):
+    return _step_large(rule, formats, lands, leaf, when, index, window)
+
+  return joined.step_small(small, program, alone, leaves, index, windows, CHUNK, on_gpu=False)
 
 
 def _step_joined(rule, formats, lands, when, leaf, draws):

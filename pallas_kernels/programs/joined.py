@@ -117,8 +117,8 @@ class Joint:
     """Blocks of zeros fill up the last of whole_tiles blocks.
 
     on_gpu says how arrays are cut off again, so that it is quick to compile: for XLA:GPU
-    as static slices of one dimension, for XLA:CPU as dynamic ones, of which those of equal
-    shapes are one kernel.
+    as static slices of one dimension, for XLA:CPU as dynamic ones, which are one kernel
+    where their shapes are equal.
     """
     self._shapes = list(shapes)
     self.counts = [blocks_in(shape) for shape in shapes]
@@ -187,21 +187,43 @@ class Joint:
     return empty.at[place].set(x, mode="drop", unique_indices=True)
 
 
-def step_in_pools(program: Callable, leaves: Sequence[Any], index, windows, most: int, **options):
+def step_small(
+  small: Sequence[int], program: Callable, alone: Callable, leaves: Sequence[Any], index, windows,
+  most: int, *, on_gpu: bool,
+):  # fmt: skip
+  """The results of leaves: of those numbered in small, if several, joined (`step_in_pools`).
+
+  Of each other one, alone(leaf, window).
+  """
+  small = small if len(small) > 1 else []
+  of = lambda xs: [xs[i] for i in small]
+  found = step_in_pools(program, of(leaves), index, of(windows), most, on_gpu=on_gpu)
+  results = dict(zip(small, found, strict=True))
+  for i in set(range(len(leaves))) - set(small):
+    results[i] = alone(leaves[i], windows[i])
+  return [results[i] for i in range(len(leaves))]
+
+
+def step_in_pools(
+  program: Callable, leaves: Sequence[Any], index, windows, most: int, *, on_gpu: bool,
+  tile: int | None = None,
+):  # fmt: skip
   """`step` of as many leaves at a time as have at most `most` blocks.
 
-  With whole_tiles, each pool has as many blocks, so that they share a kernel.
+  With a tile's number of blocks, each pool has as many whole tiles, so that they share a kernel.
   """
   counts = [blocks_in(leaf.gradient.shape) for leaf in leaves]
-  pools = _pools(counts, most)
-  if tiles := options.get("whole_tiles"):
+  pools, whole_tiles = _pools(counts, most), 1
+  if tile is not None:
     largest = max((sum(counts[i] for i in pool) for pool in pools), default=0)
-    options["whole_tiles"] = -(-largest // tiles) * tiles
+    whole_tiles = -(-largest // tile) * tile
   results: list[Any] = []
   for pool in pools:
     of = lambda xs, pool=pool: [xs[i] for i in pool]
-    after = results[-1][0] if results and not options["on_gpu"] else None
-    results += step(program, of(leaves), index, of(windows), after=after, **options)
+    after = results[-1][0] if results and not on_gpu else None
+    results += step(
+      program, of(leaves), index, of(windows), on_gpu=on_gpu, whole_tiles=whole_tiles, after=after
+    )
   return results
 
 

@@ -40,7 +40,7 @@ def takes(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> boo
 
 def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
   """The step as Mosaic GPU kernels: one a leaf, small leaves of one size a few at a time."""
-  from pallas_kernels.programs import block_kernel
+  from pallas_kernels.programs import block_kernel  # here: it imports Pallas
 
   windows = windows or [None] * len(leaves)
   tile = functools.partial(_tile, rules, formats, lands)
@@ -86,22 +86,15 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
       run(those[i : i + count])
 
   of = lambda xs: [xs[i] for i in rest]
-  found = joined.step_in_pools(
-    joined_kernel,
-    of(leaves),
-    index,
-    of(windows),
-    joined.MOST,
-    on_gpu=True,
-    whole_tiles=tiles.TILE_ROWS,
-  )
+  in_pools = functools.partial(joined.step_in_pools, on_gpu=True, tile=tiles.TILE_ROWS)
+  found = in_pools(joined_kernel, of(leaves), index, of(windows), joined.MOST)
   results.update(zip(rest, found, strict=True))
   return [results[i] for i in range(len(leaves))]
 
 
 def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   """A large leaf whose rows end in a short block: a kernel, and joined, what that leaves."""
-  from pallas_kernels.programs import block_kernel
+  from pallas_kernels.programs import block_kernel  # here: it imports Pallas
 
   rows, n = joined.rows_of(leaf.gradient.shape)
   written = _operands(lands, leaf, None, row=n)

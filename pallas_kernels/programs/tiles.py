@@ -81,31 +81,26 @@ class Group(NamedTuple):
 
 def groups(blocks: Sequence[int]) -> list[Group]:
   """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
-  result, least = [], _ROWS[-1]
+  result: list[Group] = []
+  least = _ROWS[-1]
   # A pair of the smallest tiles takes what is left of them, and the last of them with it.
   ends = [n if n % least == 0 else n // least * least - least for n in blocks]
   done = [0] * len(blocks)
   for rows in _ROWS:
     starts = [np.arange(at, end - rows + 1, rows) for at, end in zip(done, ends, strict=True)]
     done = [at + len(of) * rows for at, of in zip(done, starts, strict=True)]
-    result.append(_group(rows, starts, starts))
-  firsts, seconds = [], []
-  for n, end in zip(blocks, ends, strict=True):
-    firsts.append(np.arange(end, n if end < n else end)[:1])
-    seconds.append(np.arange(n - least, n)[: len(firsts[-1])])
-  result.append(_group(least, firsts, seconds)._replace(is_pair=True))
-  return [group for group in result if group.leaves]
-
-
-def _group(rows: int, firsts: Sequence[np.ndarray], seconds: Sequence[np.ndarray]) -> Group:
-  leaves = [i for i, starts in enumerate(firsts) if len(starts)]
-  which = [np.full(len(firsts[i]), k) for k, i in enumerate(leaves)]
-  columns = [which, *([of[i] for i in leaves] for of in (firsts, seconds))]
-  table = [np.concatenate([*column, np.empty(0)]) for column in columns]
-  return Group(rows, leaves, np.stack(table, axis=1).astype(np.int32))
+    if leaves := [i for i, of in enumerate(starts) if len(of)]:
+      which = np.repeat(np.arange(len(leaves)), [len(starts[i]) for i in leaves])
+      first = np.concatenate([starts[i] for i in leaves])
+      table = np.stack([which, first, first], axis=1)
+      result.append(Group(rows, leaves, table.astype(np.int32)))
+  if pairs := [i for i, end in enumerate(ends) if end < blocks[i]]:
+    table = np.array([[k, ends[i], blocks[i] - least] for k, i in enumerate(pairs)])
+    result.append(Group(least, pairs, table.astype(np.int32), is_pair=True))
+  return result
 
 
 def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
   """How many blocks the tiles have that `blockwise` walks arrays of these shapes in."""
   cut = groups([math.prod(shape) // BLOCK for shape in shapes])
-  return [group.rows for group in cut for _ in range(1 + group.is_pair)]
+  return [group.rows for group in cut]

@@ -33,20 +33,9 @@ def step(
   if not joins:
     return list(map(alone, leaves, windows))
   program = lambda leaf, draws: step_leaf(rule, formats, lands, leaf, when, draws=draws)
-  return _small_joined(program, alone, formats, leaves, index, windows)
-
-
-def _small_joined(program, alone, formats, leaves, index, windows):
-  """Calls alone(leaf, window) for large leaves, and program(leaf, draws) for small ones joined."""
   small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
   small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
-  small = small if len(small) > 1 else []
-  of = lambda xs: [xs[i] for i in small]
-  found = joined.step_in_pools(program, of(leaves), index, of(windows), joined.MOST, on_gpu=True)
-  results = dict(zip(small, found, strict=True))
-  for i in set(range(len(leaves))) - set(small):
-    results[i] = alone(leaves[i], windows[i])
-  return [results[i] for i in range(len(leaves))]
+  return joined.step_small(small, program, alone, leaves, index, windows, joined.MOST, on_gpu=True)
 
 
 def step_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None):
