@@ -1,6 +1,6 @@
-"""The ground floor of `optax_lowmem`: arithmetic, launching, and operations.
+"""The lower layer of ``optax_lowmem``: formats, programs and operations on arrays.
 
-Pure functions on arrays, with Mosaic GPU kernels behind `implementation=`.
+Every operation is a pure function. ``implementation=`` selects XLA or a Mosaic GPU kernel.
 """
 
 from pallas_kernels.formats.state_formats import StateFormat as StateFormat

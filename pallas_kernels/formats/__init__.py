@@ -1,1 +1,1 @@
-"""How values are stored: formats, rounding, packing, random bits, on arrays and on tiles."""
+"""Storage of values: formats, rounding, packing and random bits, on arrays and on tiles."""

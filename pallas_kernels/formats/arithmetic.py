@@ -1,15 +1,16 @@
 """The arithmetic of split and merge: pure functions on arrays of any shape.
 
-XLA calls them on whole arrays and a kernel on a tile in registers. Everything
-is integer arithmetic on float bit patterns: the results are the same bits on
-every backend, subnormals do not depend on a flush mode, and nothing rests on a
-float32 -> bfloat16 -> float32 round trip, which XLA:GPU removes.
+XLA programs call them on whole arrays; kernels call them on tiles in registers.
+They use integer arithmetic on float bit patterns. The results are therefore
+bit-identical on every backend, and subnormals do not depend on a flush mode.
+No function relies on a float32 -> bfloat16 -> float32 round trip, because
+XLA:GPU removes it.
 
-Vocabulary. The magnitude of a float on the fine grid (dtype + extra bits) is a
-`code`, an integer whose neighbours are the neighbouring magnitudes. The weight
-takes the upper part of it, `low`, and the residual is the difference,
-`delta = code - (low << extra_bits)`. Where low is zero it cannot carry a
-sign, and delta does.
+Vocabulary. A ``code`` is the magnitude of a float on the fine grid (dtype +
+extra bits), an integer: adjacent codes are adjacent magnitudes. The weight
+stores the upper part of the code, ``low``. The residual is the difference,
+``delta = code - (low << extra_bits)``. A ``low`` of zero cannot carry the sign,
+so ``delta`` does.
 """
 
 import jax
@@ -51,8 +52,8 @@ def _round_off(code, shift, rounding: Rounding, bits):
   if isinstance(shift, int) and shift == 0:
     return code
   if rounding == "stochastic":
-    # `shift` uniform bits carry into the floor as often as the rest is larger than others. They
-    # are taken off the top, in two steps where a shift by 32, which is undefined, could occur.
+    # Adding `shift` uniform bits carries into the floor with probability rest / 2**shift. They
+    # are the top ones of `bits`. An array of shifts takes two steps: a shift by 32 is undefined.
     if isinstance(shift, int):
       uniform = ~bits >> _U32(32 - shift)
     else:
@@ -63,7 +64,7 @@ def _round_off(code, shift, rounding: Rounding, bits):
   if rounding == "truncate":
     return floor
   rest = code & ((_U32(1) << shift) - _U32(1))
-  # Twice the rest against 2**shift, ties to even: the odd floor tips a tie.
+  # Compares twice the rest with 2**shift. Ties go to even: an odd floor tips a tie upwards.
   return floor + ((rest << _U32(1)) + (floor & _U32(1)) > (_U32(1) << shift)).astype(_U32)
 
 
@@ -75,29 +76,30 @@ def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bit
     grid: the narrow dtype.
     extra_bits: how many bits finer than the dtype the grid is.
     rounding: "nearest" (ties to even), "stochastic" or "truncate".
-    bits: random uint32 where rounding is stochastic: its upper bits are used.
-    max_code: where finite values saturate.
+    bits: random uint32 if rounding is stochastic; the upper bits are used.
+    max_code: the code at which finite values saturate.
 
   Returns:
-    uint32 codes; infinities and NaN give the dtype's, shifted by extra_bits.
+    uint32 codes. Infinity and NaN map to the dtype's codes for them, shifted
+    left by extra_bits.
   """
-  drop = F32_MANTISSA - grid.mantissa_bits - extra_bits  # bits that the grid lacks
+  drop = F32_MANTISSA - grid.mantissa_bits - extra_bits  # float32 bits that the grid lacks
   if grid.bias == F32_BIAS:
     code = _round_off(magnitude, drop, rounding, bits)
   else:
-    # Below the dtype's normal range the grid is absolute: the significand, its
-    # leading one made explicit, loses one more bit for each binade.
+    # Below the dtype's normal range the grid has a constant step: the significand,
+    # with an explicit leading one, loses one more bit in each lower binade.
     exponent = magnitude >> _U32(F32_MANTISSA)
     first_normal = F32_BIAS + 1 - grid.bias
     depth = jnp.maximum(_U32(first_normal), exponent) - exponent
     significand = (magnitude & _U32(0x7FFFFF)) | _U32(0x800000)
-    beyond = _U32((F32_BIAS + grid.bias + 2) << F32_MANTISSA)  # saturates, without overflow
+    beyond = _U32((F32_BIAS + grid.bias + 2) << F32_MANTISSA)  # saturates without overflow
     normal = jnp.minimum(magnitude, beyond) - _U32((first_normal - 1) << F32_MANTISSA)
     code = jnp.where(depth > _U32(0), significand, normal)
     if drop < 0:  # a grid finer than float32's own
       code = code << _U32(-drop)
     shift = depth + _U32(max(drop, 0))
-    excess = jnp.clip(shift, _U32(31), _U32(62)) - _U32(31)  # past it nothing is left
+    excess = jnp.clip(shift, _U32(31), _U32(62)) - _U32(31)  # a shift by 62 clears every bit
     code = _round_off(code >> excess, jnp.minimum(shift, _U32(31)), rounding, bits)
   code = jnp.minimum(code, _U32(max_code))
   code = jnp.where(magnitude == _U32(F32_INF), _U32(grid.inf_code << extra_bits), code)
@@ -105,13 +107,13 @@ def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bit
 
 
 def _narrow(x_bits, grid: FloatGrid, low):
-  """Puts x's sign on `low` codes; a zero is negative only where x is -0.0."""
+  """Adds x's sign to ``low`` codes; a zero is negative only where x is -0.0."""
   sign = jnp.where(low == _U32(0), x_bits == _U32(0x80000000), (x_bits >> _U32(31)) == _U32(1))
   return low | (sign.astype(_U32) << _U32(grid.width - 1))
 
 
 def round_to(x, dtype, rounding: Rounding, bits=None, *, saturate=True):
-  """float32 -> a narrow dtype; past its largest value it saturates, or overflows as IEEE does."""
+  """float32 -> a narrow dtype. Beyond its range, values saturate or overflow as in IEEE 754."""
   grid = GRIDS[jnp.dtype(dtype)]
   x_bits = bits_of(x)
   top = grid.max_code if saturate else grid.inf_code
@@ -120,58 +122,60 @@ def round_to(x, dtype, rounding: Rounding, bits=None, *, saturate=True):
 
 
 def widen(low):
-  """bfloat16 or float16 -> float32, exactly and by bits (see the module's first paragraph)."""
+  """bfloat16 or float16 -> float32, exactly, on bit patterns (see the module docstring)."""
   return merge_values(low, None, DeltaFormat(low.dtype, 0))
 
 
 def as_float32(x):
-  """Any real float array in float32; half precision by its bits."""
+  """Any real float array -> float32; half precision goes through ``widen``."""
   return widen(x) if x.dtype in (jnp.bfloat16, jnp.float16) else x.astype(jnp.float32)
 
 
 def rounded(x):
-  """A product that is going to be added to something, rounded to float32 first.
+  """Rounds a product to float32 before it enters a sum.
 
-  A compiler may contract a multiplication and an addition to one operation
-  that rounds once, in one program and not in another. It cannot see that this
-  changes nothing. (It removes `jax.lax.reduce_precision`.)
+  A compiler may contract a multiplication and an addition into one operation,
+  which rounds once, in one program and not in another. This select prevents
+  that, because no compiler can prove that it is the identity. (XLA removes
+  ``jax.lax.reduce_precision``.)
   """
   return jax.lax.select(x == x, x, jnp.full_like(x, jnp.nan))
 
 
 def keep_apart(x, zero):
-  """`rounded` for one instruction; zero is a float32 0 that the compiler does not know."""
+  """``rounded`` in one instruction; zero is a float32 0 whose value the compiler cannot know."""
   return float_of(bits_of(x) ^ bits_of(jnp.full_like(x, zero)))
 
 
 def sign_of(x):
-  """`jnp.sign` of a float, in a Mosaic GPU kernel, too, whose own of NaN is 1 or -1."""
+  """``jnp.sign`` that keeps NaN in a Mosaic GPU kernel, too, where JAX's own gives 1 or -1."""
   one = float_of((bits_of(x) & _U32(0x80000000)) | _U32(0x3F800000))
-  return jnp.where(jnp.abs(x) > 0, one, x)  # zeros and NaN as they are
+  return jnp.where(jnp.abs(x) > 0, one, x)  # keeps zeros and NaN
 
 
 def split_values(x, fmt: DeltaFormat, bits):
-  """float32 -> (low, delta): see `pallas_kernels.split`.
+  """float32 -> (low, delta); see :func:`pallas_kernels.split`.
 
   Args:
     x: float32, any shape.
     fmt: the format.
-    bits: random uint32 of x's shape where the format needs them, else None.
-      The upper bits choose the grid point and the lower ones the direction.
+    bits: random uint32 of x's shape if the format needs them, else None. The
+      upper bits choose the grid point, the lower bits the direction.
 
   Returns:
-    low in the format's dtype, and delta as int32 (None where it has no bits).
+    low in the format's dtype and delta as int32 (None if the format has no
+    residual bits), both of x's shape.
   """
   k = fmt.extra_bits
   x_bits = bits_of(x)
   code = to_code(x_bits & _U32(0x7FFFFFFF), fmt.grid, k, fmt.rounding, bits, fmt.max_code)
   if k == 0:
     return low_of(_narrow(x_bits, fmt.grid, code), fmt.dtype), None
-  if fmt.low_rounding == "nearest":  # a tie goes away from zero: -2**(k-1) fits, 2**(k-1) does not
+  if fmt.low_rounding == "nearest":  # ties go away from zero: -2**(k-1) fits, 2**(k-1) does not
     low = (code + _U32(1 << (k - 1))) >> _U32(k)
   elif fmt.low_rounding == "stochastic":
     low = (code + (bits & _U32((1 << k) - 1))) >> _U32(k)
-    if fmt.max_code != F32_MAX:  # a direction drawn upwards stays finite
+    if fmt.max_code != F32_MAX:  # rounding up must not overflow to infinity
       low = jnp.where(code <= _U32(fmt.max_code), jnp.minimum(low, _U32(fmt.grid.max_code)), low)
   else:
     low = code >> _U32(k)
@@ -182,7 +186,7 @@ def split_values(x, fmt: DeltaFormat, bits):
 
 
 def _fine_code(low, delta, k: int):
-  """(low, delta) -> the sign and the code on the fine grid, both uint32."""
+  """(low, delta) -> (sign, code on the fine grid), both uint32."""
   low_bits = low_bits_of(low)
   code, sign = low_bits & _U32(0x7FFF), low_bits >> _U32(15)
   if k == 0:
@@ -194,9 +198,9 @@ def _fine_code(low, delta, k: int):
 
 
 def _is_special(code, fmt: DeltaFormat):
-  """Where a weight's code alone is the value: NaN, and infinities.
+  """Where a weight's code alone determines the value: NaN and infinities.
 
-  At bf16+16 infinity may stand for a finite value just below it.
+  At bf16+16, infinity may represent a finite value just below it.
   """
   holds_all = fmt.dtype == jnp.bfloat16 and fmt.extra_bits == 16
   return code >= _U32(fmt.grid.inf_code + holds_all)
@@ -207,7 +211,7 @@ def merge_values(low, delta, fmt: DeltaFormat):
 
   Args:
     low: the weight, in the format's dtype.
-    delta: int32 of its shape, or None where the format has no residual.
+    delta: int32 of low's shape, or None if the format has no residual.
     fmt: the format.
 
   Returns:
@@ -219,7 +223,7 @@ def merge_values(low, delta, fmt: DeltaFormat):
   sign, fine = _fine_code(low, delta, k)
   drop = F32_MANTISSA - grid.mantissa_bits - k
   magnitude = fine << _U32(drop) if drop >= 0 else fine >> _U32(-drop)
-  # An exact product: at most 24 significant bits times a power of two.
+  # The product is exact: at most 24 significant bits times a power of two.
   ulp = 2.0 ** (1 - grid.bias - grid.mantissa_bits - k)
   subnormal = bits_of(fine.astype(_I32).astype(jnp.float32) * jnp.float32(ulp))
   magnitude = jnp.where(
@@ -233,7 +237,7 @@ def merge_values(low, delta, fmt: DeltaFormat):
 
 
 def _merge_bfloat16(low, delta, k: int):
-  """`merge_values` of bfloat16, float32's upper half: the residual is added to the bits."""
+  """``merge_values`` of bfloat16, the upper half of float32: adds the residual to the bits."""
   bits = low_bits_of(low) << _U32(16)
   if delta is None or k == 0:
     return float_of(bits)
@@ -242,20 +246,20 @@ def _merge_bfloat16(low, delta, k: int):
   takes_sign = ((bits << _U32(1)) == _U32(0)) & (delta != _I32(0))
   value = jnp.where(takes_sign, from_zero, bits + moved)
   magnitude = bits & _U32(0x7FFFFFFF)
-  # Infinity may stand for a finite value just below it at 16 bits; NaN has no residual.
+  # With 16 bits, infinity may represent a finite value just below it. NaN has no residual.
   is_special = magnitude > _U32(F32_INF) if k == 16 else magnitude >= _U32(F32_INF)
   return float_of(jnp.where(is_special, bits, value))
 
 
 def apply_values(low, delta, update, fmt: DeltaFormat, bits):
-  """Adds a float32 update to the master value and splits the sum.
+  """Adds a float32 update to the master and splits the sum.
 
   Args:
     low: the weight, in the format's dtype.
-    delta: int32 of its shape, or None where the format has no residual.
-    update: float32 of its shape.
+    delta: int32 of low's shape, or None if the format has no residual.
+    update: float32 of low's shape.
     fmt: the format.
-    bits: random uint32 of its shape where the format needs them, else None.
+    bits: random uint32 of low's shape if the format needs them, else None.
 
   Returns:
     The new (low, delta).
@@ -264,22 +268,22 @@ def apply_values(low, delta, update, fmt: DeltaFormat, bits):
   new_x = x + update
   new_low, new_delta = split_values(new_x, fmt, bits)
   if fmt.low_rounding == "stochastic" and new_delta is not None:
-    # A value that stays keeps the direction that was drawn for it.
+    # An unchanged master keeps the direction that was drawn for it.
     stays = bits_of(x) == bits_of(new_x)
     new_low, new_delta = jnp.where(stays, low, new_low), jnp.where(stays, delta, new_delta)
   return new_low, new_delta
 
 
 def landing_update(old_low, low):
-  """The float32 update of `land_values`, which the weights alone decide on."""
+  """The float32 update of ``land_values``, which depends on the weights alone."""
   return _landing(old_low, low, jnp.float32)[0]
 
 
 def _landing(old_low, low, update_dtype):
-  """An update in float32; where it is to change nothing; where both weights are finite."""
+  """(float32 update, where the weight must stay as it is, where both weights are finite)."""
   old, new = widen(old_low), widen(low)
   top = jnp.float32(jnp.finfo(update_dtype).max)
-  # By bits, which a kernel can look at.
+  # On bit patterns, which kernels support.
   old_is_finite, new_is_finite = (
     (bits_of(x) & _U32(0x7FFFFFFF)) < _U32(F32_INF) for x in (old, new)
   )
@@ -288,35 +292,35 @@ def _landing(old_low, low, update_dtype):
   finite = old_is_finite & new_is_finite
   clipped = jnp.minimum(jnp.maximum(difference, -top), top)
   update = jnp.where(finite, clipped, difference)
-  # x + (-0.0) is x for every x. From infinity no finite weight can be reached.
+  # x + (-0.0) is x for every x. No update takes an infinite weight to a finite one.
   stays = (low_bits_of(old_low) == low_bits_of(low)) | (old_is_inf & new_is_finite)
   return jnp.where(stays, jnp.float32(-0.0), update), stays, finite
 
 
 def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
-  """The update that `optax.apply_updates` can add to `old_low`, and where it lands.
+  """The update that ``optax.apply_updates`` adds to ``old_low``, and the residual where it lands.
 
-  `optax.apply_updates` computes `(old + update).astype(old.dtype)`. Mostly a
-  float32 update takes it to `low` exactly. Where none does (a weight that
-  crosses zero to a far smaller one, that leaves infinity, or whose difference
-  overflows), the weight is the one that is reached, and the residual the
-  nearest to the master value in that weight's cell.
+  ``optax.apply_updates`` computes ``(old + update).astype(old.dtype)``. Usually
+  a float32 update reaches ``low`` exactly. Sometimes none does: the weight
+  crosses zero to a far smaller one, it leaves infinity, or the difference
+  overflows. The residual then belongs to the weight that the update does reach,
+  and is the nearest one to the master in that weight's cell.
 
   Args:
-    old_low: the weight that the update will be added to.
-    low: the weight that the new master value was split into.
-    delta: int32, its residual, or None where the format has none.
+    old_low: the weight that receives the update.
+    low: the weight that the new master was split into.
+    delta: int32, the residual of low, or None if the format has none.
     fmt: the format.
-    update_dtype: float32, or a half-precision dtype.
+    update_dtype: float32 or a half-precision dtype.
 
   Returns:
-    (update, delta), such that the residual belongs to the weight that is reached.
+    (update, delta): the residual belongs to the weight that the update reaches.
   """
   k = fmt.extra_bits
   old = widen(old_low)
   update, stays, finite = _landing(old_low, low, update_dtype)
   if jnp.dtype(update_dtype) != jnp.float32:
-    # Where the difference of the weights is too fine for this dtype, aim at the master value.
+    # If this dtype cannot hold the difference of the weights, aim at the master.
     rounded = round_to(update, update_dtype, "nearest")
     aimed = round_to(merge_values(low, delta, fmt) - old, update_dtype, "nearest")
     exact = (widen(rounded) == update) | stays | ~finite
@@ -327,7 +331,7 @@ def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
   landed = low_bits_of(round_to(reached, fmt.dtype, "nearest", saturate=False))
   landed_code = landed & _U32(0x7FFF)
   sign, fine = _fine_code(low, delta, k)
-  # The master value's code along the landed weight's direction; upwards where that is zero.
+  # The master's code, signed along the landed weight's direction; upwards where that is zero.
   is_zero = landed_code == _U32(0)
   against = sign != jnp.where(is_zero, _U32(0), landed >> _U32(15))
   fine = fine.astype(_I32)
@@ -341,7 +345,7 @@ def land_values(old_low, low, delta, fmt: DeltaFormat, update_dtype):
 
 
 def move_values(low, delta, update, fmt: DeltaFormat, bits, lands: bool):
-  """`apply_values`; with lands, the residual of the weight that `landing_update` reaches."""
+  """``apply_values``; if lands, the residual of the weight that ``landing_update`` reaches."""
   new_low, new_delta = apply_values(low, delta, update, fmt, bits)
   if lands:
     _, new_delta = land_values(low, new_low, new_delta, fmt, jnp.float32)

@@ -1,14 +1,14 @@
-"""Residuals as they are stored: k bits a value, the rank and leading axes kept.
+"""Storage of residuals: k bits a value, with the weight's rank and leading axes.
 
 - 8 and 16 bits: int8 and int16 of the weight's shape.
-- Other widths, last axis of 32 values or more: bytes, [..., groups * 4 * bits].
-  A group is 32 neighbours along the last axis (padded there only), so that a
-  sharding of the last axis by whole groups carries over. In a group each part
-  of 8, 4, 2 or 1 bits of the values fills consecutive bytes; a part of w < 8
-  bits puts `8 // w` contiguous slices of the group into one run of bytes,
-  which costs shifts but no shuffles.
-- Other widths, a last axis under 32: the next whole number of bytes a value.
-- A scalar: the next integer type.
+- Other widths, last axis of 32 values or more: uint8 [..., groups * 4 * bits].
+  A group is 32 neighbours along the last axis, the only axis with padding, so a
+  sharding of the last axis by whole groups carries over. The bits of the values
+  are cut into parts of 8, 4, 2 or 1 bits, and each part fills consecutive bytes
+  of the group. A part of w < 8 bits puts ``8 // w`` contiguous slices of the
+  group into one run of bytes, which takes shifts but no shuffles.
+- Other widths, last axis under 32: the next whole number of bytes a value.
+- A scalar: the next wider integer type.
 """
 
 import functools
@@ -23,7 +23,7 @@ GROUP = 32
 
 
 def stored_struct(shape: tuple[int, ...], fmt: DeltaFormat) -> jax.ShapeDtypeStruct | None:
-  """Shape and dtype of the residual of a weight of `shape`; None where it has none."""
+  """Shape and dtype of the stored residual of a weight of a shape; None if it has none."""
   bits = fmt.residual_bits
   if bits == 0:
     return None
@@ -38,14 +38,14 @@ def stored_struct(shape: tuple[int, ...], fmt: DeltaFormat) -> jax.ShapeDtypeStr
 
 
 def pack(delta: jax.Array | None, fmt: DeltaFormat) -> jax.Array | None:
-  """int32 residuals of a weight's shape -> their storage (`stored_struct`)."""
+  """int32 residuals of a weight's shape -> their storage (see ``stored_struct``)."""
   if delta is None or (struct := stored_struct(delta.shape, fmt)) is None:
     return None
   if struct.dtype != jnp.uint8:
     return delta.astype(struct.dtype)
-  # XLA cannot fuse packing with what writes the weight, another shape. The
-  # barrier makes it keep these 1 or 2 bytes a value between its two passes,
-  # and not the float32 values that they come from.
+  # XLA cannot fuse packing with the fusion that writes the weight, because the
+  # shapes differ. The barrier makes XLA keep these 1 or 2 bytes a value between
+  # its two passes instead of the float32 values that they come from.
   if fmt.residual_bits <= 16:
     delta = delta.astype(jnp.int8 if fmt.residual_bits <= 8 else jnp.int16)
   delta = jax.lax.optimization_barrier(delta)
@@ -64,7 +64,7 @@ def pack(delta: jax.Array | None, fmt: DeltaFormat) -> jax.Array | None:
 
 
 def unpack(stored: jax.Array | None, shape: tuple[int, ...], fmt: DeltaFormat) -> jax.Array | None:
-  """The inverse of `pack` for a weight of `shape`: int32 residuals."""
+  """The inverse of ``pack`` for a weight of a shape: int32 residuals."""
   if stored is None:
     return None
   if stored.dtype != jnp.uint8:
@@ -79,7 +79,7 @@ def unpack(stored: jax.Array | None, shape: tuple[int, ...], fmt: DeltaFormat) -
   for offset, width in _parts(bits):
     byte = b[..., None, start : start + 4 * width].astype(_U32)
     start += 4 * width
-    # A broadcast, not a concatenation, which XLA would not fuse.
+    # A broadcast: XLA would not fuse a concatenation.
     shifts = width * jax.lax.broadcasted_iota(_U32, (8 // width, 1), 0)
     field = (byte >> shifts) & _U32((1 << width) - 1)
     v = v | (field.reshape(*field.shape[:-2], GROUP) << _U32(offset))
@@ -88,7 +88,7 @@ def unpack(stored: jax.Array | None, shape: tuple[int, ...], fmt: DeltaFormat) -
 
 
 def _parts(bits: int):
-  """(offset, width) of the parts that the packed bits are stored in."""
+  """(offset, width) of each part of the packed bits."""
   widths = [8] * (bits // 8) + [w for w in (4, 2, 1) if bits & w]
   return [(sum(widths[:i]), w) for i, w in enumerate(widths)]
 

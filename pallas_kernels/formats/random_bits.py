@@ -1,34 +1,34 @@
-"""The random stream: 32 bits for (key, step, leaf, 64-bit element index).
+"""The random stream: 32 bits for each (key, step, leaf, 64-bit element index).
 
-Counter based, so that an element's bits do not depend on how its array is
-tiled or sharded, and nothing is stored. Two stages:
+The stream is counter-based: an element's bits do not depend on how its array is
+tiled or sharded, and no generator state is stored. It has two stages:
 
-- once a leaf, Threefry-2x32 (`jax.extend.random`) turns key, step and leaf
-  name into two 32-bit words, so that related seeds, consecutive steps and
-  neighbouring leaves give unrelated words;
-- once an element, a 32-bit mixer of three multiplications turns the index and
-  these words into the bits. The multipliers and shifts are those of Wellons'
-  `triple32` (hash-prospector; exact bias 0.021 of 1), a search's best
-  three-round mixer. The first word enters before the first round and the
-  second in the middle, so that two leaves' streams are not permutations of
-  one sequence by an exclusive or.
+- Once a leaf, Threefry-2x32 (``jax.extend.random``) turns key, step and leaf
+  name into two 32-bit words. Related seeds, consecutive steps and neighbouring
+  leaves give unrelated words.
+- Once an element, a 32-bit mixer of three multiplications turns the index and
+  these words into the bits. Its multipliers and shifts are those of Wellons'
+  ``triple32``, the best three-round mixer that hash-prospector found (exact
+  bias 0.021 of 1). The first word enters before the first round, the second in
+  the middle, so no exclusive or on the index turns one leaf's stream into
+  another's.
 
-A weight's statistics need bits of their own. Those are further lanes of the
-element's: the weight's bits are multiplied once more, and each lane serves two
-statistics, 16 bits each.
+A weight's statistics need bits of their own, which come from further lanes of
+the same element. Each lane multiplies the weight's bits once more and serves
+two statistics, 16 bits each.
 
-Why this one: a memory-bound update moves 8 to 10 bytes an element, in which
-time an H100 issues about 35 to 44 integer instructions. This mixer with index
-and threshold takes 15 to 17 of them for bfloat16 (`python -m
-benchmarks.instructions` counts them in the compiled kernels). Philox and
-Threefry give 64 or 128 bits at once, which a tile cannot share out between
-elements without shuffles; their rounds for one element alone (7 of two wide
-multiplications, 13 of add, rotate and exclusive or) would be most of an update.
+Why this mixer: a memory-bound update moves 8 to 10 bytes an element, and an
+H100 issues about 35 to 44 integer instructions in that time. For bfloat16, this
+mixer with index and threshold takes 15 to 17 of them (``python -m
+benchmarks.instructions`` counts them in the compiled kernels). Philox and
+Threefry produce 64 or 128 bits at once, which a tile cannot distribute over its
+elements without shuffles. Run once an element, their rounds (7 of two wide
+multiplications; 13 of add, rotate and exclusive or) would dominate the update.
 
-How good the bits are, in the ways they are used (consecutive elements, steps,
-leaves, seeds; low and high bits): `tests/test_random_bits.py`, and the
-Dieharder battery by `benchmarks/random_stream.py`, whose output is kept in
-`docs/random_stream.md`.
+``tests/test_random_bits.py`` checks the quality of the bits in the ways they
+are used: consecutive elements, steps, leaves and seeds; low and high bits.
+``benchmarks/random_stream.py`` runs the Dieharder battery;
+``docs/random_stream.md`` keeps its output.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,20 +43,20 @@ import jax.numpy as jnp
 import numpy as np
 
 _U32 = jnp.uint32
-# Odd, with bits spread evenly: 2**32 over the golden ratio, and two of xxHash's primes.
+# Odd, with evenly spread bits: 2**32 over the golden ratio, and primes of xxHash.
 _LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """Which part of a whole array is at hand: a shard, or an array of a stack.
+  """The position of a part (a shard, or one array of a stack) in a whole array.
 
   Attributes:
-    start: the part's first place along each axis, integers, perhaps traced; 0
+    start: the part's first place along each axis, integers, possibly traced; 0
       where the part is as long as the whole.
-    shape: the whole's. It may have more axes than the part, in front: along
-      these the part is at one place.
+    shape: the shape of the whole. It may have additional leading axes; the part
+      has one place along each of them.
   """
 
   start: tuple[Any, ...]
@@ -64,7 +64,7 @@ class Window:
 
 
 def key_words(key: jax.typing.ArrayLike) -> jax.Array:
-  """An integer seed or a key array as raw key data.
+  """Converts an integer seed or a key array to raw key data.
 
   Args:
     key: an integer seed, a typed key, or raw key data (uint32 [2] or [4]).
@@ -87,7 +87,7 @@ def key_words(key: jax.typing.ArrayLike) -> jax.Array:
       f" or [4]); got {words.dtype}{list(words.shape)}."
     )
   words = jnp.asarray(words)
-  if words.shape == (4,):  # RBG keys: two words keyed by the other two
+  if words.shape == (4,):  # RBG keys: hash two words with the other two as the key
     words = jax.extend.random.threefry_2x32((words[0], words[1]), words[2:])
   return words
 
@@ -100,7 +100,7 @@ def _is_integer(x) -> bool:
 
 
 def leaf_id(path: str) -> tuple[int, int]:
-  """64 bits that name a leaf, from its path: equal wherever the path is."""
+  """64 bits that identify a leaf by its path; equal paths give equal bits."""
   digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
   return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -115,9 +115,10 @@ def stream_keys(
 
   Args:
     words: raw key data, uint32 [2].
-    step: the step's number, an integer scalar.
-    leaf_ids: for each of L leaves, 64 bits that name it (`leaf_id`).
-    part: the number of a part of the step, an integer scalar; 0 is the step.
+    step: the number of the step, an integer scalar.
+    leaf_ids: 64 bits (``leaf_id``) for each of L leaves.
+    part: the number of a part of the step, an integer scalar; 0 is the step
+      itself.
 
   Returns:
     uint32 [L, 2].
@@ -131,14 +132,14 @@ def stream_keys(
 
 
 def element_bits(key, index, index_high=0, lane: int = 0):
-  """32 random bits for each element; any shape, on arrays or on tiles.
+  """32 random bits for each element of an array or a tile, of any shape.
 
   Args:
-    key: the two uint32 scalars of one row of `stream_keys`.
+    key: the two uint32 scalars of one row of ``stream_keys``.
     index: uint32, the low half of the element's place in the whole array.
-    index_high: uint32 (or 0), the high half of it.
-    lane: 0 for a weight; others are further bits for the same element (its
-      statistics), one multiplication each.
+    index_high: uint32 (or 0), the high half of that place.
+    lane: 0 for a weight. Each further lane gives more bits for the same element
+      (its statistics), for one more multiplication.
 
   Returns:
     uint32 of index's shape.
@@ -158,7 +159,7 @@ def _mixed(key, index, index_high):
 
 
 def lane_bits(h, lane: int):
-  """The bits of a lane, of the same elements' in lane 0."""
+  """The bits of a lane, from the same elements' bits in lane 0."""
   for i in range(lane):
     h = h * _U32(_LANES[i % len(_LANES)])
     h = h ^ (h >> _U32(16))
@@ -166,14 +167,14 @@ def lane_bits(h, lane: int):
 
 
 def statistic_bits(bits: Callable[[int], jax.Array], index: int) -> jax.Array:
-  """The bits of an element's statistic number `index`: on top, 16 of lane 1, 2, ...
+  """Random bits for one of an element's statistics: 16 bits of lane 1, 2, ...
 
   Args:
-    bits: lane -> uint32, `element_bits` of the elements.
-    index: which of the weight's statistics it is.
+    bits: lane -> uint32, ``element_bits`` of the elements.
+    index: the number of the statistic.
 
   Returns:
-    uint32, whose upper 16 bits are random.
+    uint32; the upper 16 bits are random.
   """
   half = bits(1 + index // 2)
   return half << _U32(16) if index % 2 else half
@@ -184,10 +185,10 @@ def place(coordinates, shape: tuple[int, ...]):
 
   Args:
     coordinates: uint32 for each axis, of any common shape.
-    shape: the whole array's.
+    shape: the shape of the whole array.
 
   Returns:
-    (low, high); high is the integer 0 where every place fits 32 bits.
+    (low, high); high is the Python integer 0 if every place fits in 32 bits.
   """
   is_huge = math.prod(shape) > 1 << 32
   low, high, stride = _U32(0), _U32(0) if is_huge else 0, 1
@@ -202,9 +203,10 @@ def place(coordinates, shape: tuple[int, ...]):
 
 
 def element_index(shape: tuple[int, ...], window: Window | None = None):
-  """Every element's `place` in an array, or in the whole that it is a part of.
+  """The ``place`` of every element in an array, or in the whole that contains it.
 
-  Sums of iotas, which XLA computes in registers and partitions along any axis.
+  It is a sum of iotas, which XLA computes in registers and partitions along any
+  axis.
   """
   coordinates = [jax.lax.broadcasted_iota(_U32, shape, axis) for axis in range(len(shape))]
   whole = shape
@@ -217,19 +219,19 @@ def element_index(shape: tuple[int, ...], window: Window | None = None):
 
 
 def whole_place(places, shape: tuple[int, ...], window: Window | None):
-  """Row-major places in a part, as places in the whole; both of fewer than 2**32.
+  """Converts row-major places in a part to places in the whole, of under 2**32 elements.
 
   Args:
     places: uint32, of any shape, on arrays or on tiles.
-    shape: the part's, of as many axes as the whole.
-    window: the part; None where it is the whole.
+    shape: the shape of the part, with as many axes as the whole.
+    window: the part; None if it is the whole.
 
   Returns:
-    uint32.
+    uint32 of places' shape.
   """
   if window is None:
     return places
-  runs, length, whole_length = [], 1, 1  # of axes of which the first is cut
+  runs, length, whole_length = [], 1, 1  # runs of axes; only the first axis of a run is cut
   for n, whole, start in zip(shape[::-1], window.shape[::-1], window.start[::-1], strict=True):
     length, whole_length, stride = length * n, whole_length * whole, whole_length
     if n != whole:
@@ -249,16 +251,16 @@ def whole_place(places, shape: tuple[int, ...], window: Window | None):
 def random_bits(
   key: jax.Array, shape: tuple[int, ...], lane: int = 0, window: Window | None = None
 ) -> jax.Array:
-  """The stream of a whole array, or of a part of it.
+  """The stream of a whole array or of a part of one.
 
   Args:
-    key: uint32 [2], one row of `stream_keys`.
-    shape: the array's shape, or the part's.
-    lane: see `element_bits`.
-    window: where the array is a part of another.
+    key: uint32 [2], one row of ``stream_keys``.
+    shape: the shape of the array or the part.
+    lane: see ``element_bits``.
+    window: the part's position in the whole; None for a whole array.
 
   Returns:
-    uint32 of that shape.
+    uint32 of ``shape``.
   """
   low, high = element_index(shape, window)
   return element_bits((key[0], key[1]), low, high, lane)

@@ -1,21 +1,25 @@
-"""How optimizer statistics are stored between steps: 32, 16 or 8 bits a value.
+"""Storage of optimizer statistics between steps: 32, 16 or 8 bits a value.
 
-- "fp32": as they are.
-- "bf16": rounded stochastically. Rounded to nearest, an average with a decay
-  of 0.999 would stand still: a step of 0.1% is less than half of its grid.
-- "fp16": float16 of the value over its block's scale, rounded stochastically.
-- "int8": integers c of the value `scale * (c / 127)**2` with a sign, or, for a
-  second moment, of the root `scale * c / 255`; rounded stochastically.
+- "fp32": unchanged.
+- "bf16": rounded stochastically. Rounding to nearest would stall an average
+  with a decay of 0.999: its step of 0.1% is less than half a grid step.
+- "fp16": the value divided by its block's scale, in float16, rounded
+  stochastically.
+- "int8": a signed integer c for the value ``scale * (c / 127)**2``, or, for a
+  second moment, an unsigned c for the square root ``scale * c / 255``; rounded
+  stochastically.
 
-A block is 32 neighbours along the last axis (the last one may be short), its
-scale the largest magnitude, rounded up to bfloat16. So every leading axis, and
-the last in whole blocks, can be sharded without changing a value.
+A block is 32 neighbours along the last axis; the last block of a row may be
+short. Its scale is its largest magnitude, rounded up to bfloat16. A sharding
+along any leading axis, or along the last axis in whole blocks, therefore
+changes no value.
 
-A second moment (`is_square`) that has a scale is stored through its square
-root, unsigned. A positive one is never rounded to zero: Adam divides by it.
+A format with scales stores a second moment (``is_square``) as its square root,
+unsigned. It never rounds a positive second moment to zero, because Adam divides
+by it.
 
-Rounding is unbiased in what is stored. Why these laws, and what others do:
-`docs/state_formats.md`.
+Rounding is unbiased in the stored quantity. ``docs/state_formats.md`` compares
+these laws with others.
 """
 
 import dataclasses
@@ -32,9 +36,9 @@ _U32, _I32 = jnp.uint32, jnp.int32
 BLOCK = 32
 Name = Literal["fp32", "bf16", "fp16", "int8"]
 NAMES = get_args(Name)
-# Below it the largest code over the scale overflows.
+# With a smaller scale, the largest code divided by the scale overflows.
 MIN_SCALE = 2.0**-103
-# The square of a smaller root does not survive a step; the least code of "int8" stands for more.
+# The square of a smaller root does not survive a step. The smallest code of "int8" stands for more.
 MIN_ROOT = 2.0**-62
 MIN_ROOT_SCALE = 2.0**-54
 
@@ -44,16 +48,21 @@ class StateFormat:
   """The format of one statistic.
 
   Args:
-    name: "fp32", "bf16", "fp16" or "int8".
-    is_square: True for a second moment: it is not negative, and its square
-      root is what matters.
+    name: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
+    is_square: True for a second moment, which is never negative and which the
+      optimizer uses through its square root.
 
   Raises:
-    ValueError: for another name.
+    ValueError: if the name is not one of these.
 
   Examples:
+    >>> from pallas_kernels import StateFormat
     >>> StateFormat("int8", is_square=True).bits_per_value
     8.5
+
+  References:
+    `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`__
   """
 
   name: Name
@@ -61,11 +70,11 @@ class StateFormat:
 
   def __post_init__(self):
     if self.name not in NAMES:
-      raise ValueError(f"A state format is one of {NAMES}; got {self.name!r}.")
+      raise ValueError(f"A state format must be one of {NAMES}; got {self.name!r}.")
 
   @property
   def has_scale(self) -> bool:
-    """True where the values are stored in blocks with a scale."""
+    """True if the format stores values in blocks, each with a scale."""
     return self.name in ("fp16", "int8")
 
   @property
@@ -77,7 +86,7 @@ class StateFormat:
 
   @property
   def bits_per_value(self) -> float:
-    """Bits a value, its share of a full block's scale included."""
+    """Bits a value, including its share of the scale of a full block."""
     return self.dtype.itemsize * 8 + (16 / BLOCK if self.has_scale else 0)
 
   @property
@@ -87,7 +96,7 @@ class StateFormat:
 
   @property
   def top(self) -> float:
-    """What the largest code stands for, in steps: 255, or 127 squared."""
+    """The value of the largest code in steps: 255, or 127 squared."""
     return float(self.levels if self.is_square else self.levels**2)
 
 
@@ -95,16 +104,16 @@ class Blocks(NamedTuple):
   """A statistic in blocks along its last axis.
 
   Attributes:
-    codes: [..., n], the values over their scales.
-    scale: bfloat16 [..., ceil(n / 32)]; a scalar's is a scalar.
+    codes: [..., n], in the format's dtype: the values divided by their scales.
+    scale: bfloat16 [..., ceil(n / 32)]; a scalar for a scalar.
   """
 
-  codes: Any  # arrays, or what stands for them in a tree of shapes or shardings
+  codes: Any  # an array, or its placeholder in a tree of shapes or shardings
   scale: Any
 
 
 def stored_struct(shape: tuple[int, ...], fmt: StateFormat):
-  """What `quantize` returns for a shape, as `jax.ShapeDtypeStruct`s."""
+  """The result of ``quantize`` for a shape, as ``jax.ShapeDtypeStruct``s."""
   codes = jax.ShapeDtypeStruct(shape, fmt.dtype)
   if not fmt.has_scale:
     return codes
@@ -117,16 +126,16 @@ def quantize(
 ):
   """float32 -> its storage.
 
-  A block that holds an infinity or a NaN becomes one of NaN and infinity.
+  A block that contains an infinity or a NaN decodes to NaN and infinity only.
 
   Args:
     x: float32 [...].
     fmt: the format.
-    bits: random uint32 [...], of which the upper 16 are used; None at "fp32".
-    scale: `block_scale` of x, where it is computed apart.
+    bits: random uint32 [...]; the upper 16 bits are used. None for "fp32".
+    scale: ``block_scale`` of x, if the caller has computed it already.
 
   Returns:
-    `Blocks`, or an array where the format has no scale.
+    ``Blocks``, or an array if the format has no scale.
   """
   if fmt.name == "fp32":
     return x
@@ -140,10 +149,10 @@ def quantize(
 
 
 def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
-  """The scales of float32 values [...], as `Blocks` holds them."""
+  """The scales of float32 values [...], in the layout of ``Blocks``."""
   x_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x)
-  # Each magnitude's own scale first, 16 bits wide: all that is kept between XLA's two passes.
-  # On bit patterns, where a maximum cannot drop a NaN.
+  # Each magnitude is rounded to a 16-bit scale first: XLA keeps nothing else between its two
+  # passes. The maximum is over bit patterns, so it cannot drop a NaN.
   codes = scale_code(magnitude_bits(x_KxB), fmt)
   code_K = jnp.max(codes.astype(jnp.uint16), axis=-1, initial=0)
   scale_K = jax.lax.bitcast_convert_type(code_K, jnp.bfloat16)
@@ -151,11 +160,11 @@ def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
 
 
 def zeros_like(x: jax.Array, fmt: StateFormat):
-  """What `quantize` stores of zeros, sharded as it would be, whatever x is."""
+  """The storage of zeros, with the sharding that ``quantize`` would give x's storage."""
   codes_KxB = _in_blocks(jnp.where(x == x, 0, 0).astype(fmt.dtype))
   if not fmt.has_scale:
     return _off_blocks(codes_KxB, x.shape)
-  # Shardings are propagated before XLA sees that these are zeros, too.
+  # The sum is zero, but it propagates x's sharding before XLA simplifies it.
   scale_K = jnp.sum(codes_KxB, axis=-1, dtype=jnp.float32)
   codes_KxB = codes_KxB + scale_K[..., None].astype(fmt.dtype)
   scale = scale_K.astype(jnp.bfloat16).reshape(stored_struct(x.shape, fmt).scale.shape)
@@ -163,10 +172,10 @@ def zeros_like(x: jax.Array, fmt: StateFormat):
 
 
 def dequantize(stored, fmt: StateFormat) -> jax.Array:
-  """Storage -> float32: what `quantize` rounded to.
+  """Storage -> float32.
 
   Args:
-    stored: as `quantize` returned it.
+    stored: the result of ``quantize``.
     fmt: the format.
 
   Returns:
@@ -183,7 +192,7 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
 
 
 def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat, across):
-  """`dequantize` of a tile of blocks, scale_K None where the format has none.
+  """``dequantize`` of a tile of blocks; scale_K is None if the format has no scale.
 
   across broadcasts [K] to [K, B].
   """
@@ -194,7 +203,7 @@ def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat, across):
 
 
 def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across):
-  """`quantize` of a tile of blocks: (codes, scales), None for scales where it has none.
+  """``quantize`` of a tile of blocks: (codes, scales); scales is None if the format has none.
 
   across broadcasts [K] to [K, B].
   """
@@ -209,10 +218,10 @@ def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across):
 def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
   """The same statistic, for a second pass over memory that needs its new scale.
 
-  XLA would keep the float32 values of the first pass otherwise, 4 bytes each,
-  since it counts reading as cheap and computing twice as dear (and it removes
-  optimization barriers before it decides). Scales have no sign, which XLA does
-  not know: their sign bit makes these codes depend on them.
+  Otherwise XLA would keep the float32 values of the first pass, 4 bytes each:
+  its cost model prefers a read to a recomputation, and it removes optimization
+  barriers before it decides. Scales are never negative, but XLA does not know
+  that. Adding their sign bit makes these codes depend on the scales.
   """
   codes_KxB = _in_blocks(stored.codes)
   sign_K = (arithmetic.low_bits_of(scale) >> _U32(15)).astype(stored.codes.dtype)
@@ -222,38 +231,39 @@ def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
 
 
 def magnitude_bits(x):
-  """float32 -> the bit pattern without its sign, uint32: larger for larger magnitudes."""
+  """float32 -> the bit pattern without its sign, uint32; monotone in the magnitude."""
   return arithmetic.bits_of(x) & _U32(0x7FFFFFFF)
 
 
 def scale_code(magnitude, fmt: StateFormat):
-  """`magnitude_bits` rounded up to bfloat16's bit patterns, in uint32; monotone."""
+  """``magnitude_bits`` rounded up to the bit pattern of a bfloat16, uint32; monotone."""
   lowest = MIN_ROOT_SCALE if fmt.is_square else MIN_SCALE
   code = (magnitude + _U32(0xFFFF)) >> _U32(16)
   lowest = (math.frexp(lowest)[1] - 1 + arithmetic.F32_BIAS) << 7
   code = jnp.clip(code, _U32(lowest), _U32(0x7F7F))  # the largest finite value stays finite
-  # Infinity stands for NaN, too: what is no finite value of the block is none afterwards.
+  # An infinite scale marks NaN, too: its block decodes to NaN and infinity only.
   code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, _U32(arithmetic.F32_INF >> 16))
   return jnp.where(magnitude > _U32(0), code, _U32(0))
 
 
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
-  """Values (roots of a second moment) -> codes, on arrays or tiles of blocks."""
-  # A kernel divides once a block; nothing is divided where everything is zero.
+  """Values (square roots of a second moment) -> codes, on arrays or tiles of blocks."""
+  # A kernel divides once a block. The select avoids 0 / 0 in a block of zeros.
   top = 1.0 if fmt.name == "fp16" else fmt.top * (1 << 15 if fmt.is_square else 1)
   scale_KxB = _along(scale_K, x_KxB.shape, across)
-  # No product may be contracted with what is added to it (`arithmetic.rounded`): |ratio| is none.
+  # No product may be contracted with a sum (see `arithmetic.rounded`); |ratio| is no product.
   ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
     )
-  # Upwards with the probability that keeps the mean.
+  # Rounds up with the probability that keeps the mean.
   if fmt.is_square:  # 15 binary places and as many random bits
     c = (_nearest(jnp.abs(ratio)) + (bits_KxB >> _U32(17))) >> _U32(15)
     c = jnp.where(x_KxB > 0, jnp.maximum(c, _U32(1)), c)
     return jnp.minimum(c, _U32(fmt.levels)).astype(fmt.dtype)
-  # Between c**2 and (c + 1)**2; of an exact square c may be one less, and is then always raised.
+  # The ratio lies between c**2 and (c + 1)**2. For an exact square, c may be one too small; it is
+  # then always raised.
   ratio = jnp.abs(ratio)
   c = _nearest(jnp.maximum(jnp.sqrt(ratio) - jnp.float32(0.5), jnp.float32(0)))
   floor = c.astype(_I32).astype(jnp.float32)
@@ -267,14 +277,14 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
 def _nearest(x):
   """float32 from 0 to 2**23 - 1 -> the nearest integer, uint32.
 
-  Of 2**23 + x the lower bits are that. A conversion would clamp on both sides
-  first, and take a GPU as long as a root.
+  The integer is in the lower bits of 2**23 + x. A conversion would clamp on both
+  sides first, and cost a GPU as much as a square root.
   """
   return arithmetic.bits_of(x + jnp.float32(2.0**23)) & _U32(0x7FFFFF)
 
 
 def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):
-  """Codes -> float32 values (roots of a second moment), on arrays or tiles of blocks."""
+  """Codes -> float32 values (square roots of a second moment), on arrays or tiles of blocks."""
   scale_KxB = _along(scale_K, codes_KxB.shape, across)
   if fmt.name == "fp16":
     x = arithmetic.widen(codes_KxB) * scale_KxB
@@ -287,7 +297,7 @@ def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):
 
 
 def _keep_positive(x, rounded, fmt: StateFormat):
-  """A positive second moment stays positive: the format's smallest value instead of 0."""
+  """Replaces a zero by the format's smallest value where a second moment was positive."""
   if not fmt.is_square:
     return rounded
   return jnp.where((x > 0) & (rounded == 0), jnp.finfo(rounded.dtype).smallest_subnormal, rounded)
@@ -296,8 +306,8 @@ def _keep_positive(x, rounded, fmt: StateFormat):
 def _along(scale_K, shape, across=None):
   """bfloat16 for each block -> float32 for each of its elements.
 
-  In this order, so that XLA reads the scales as they are stored and has
-  nothing of its own to keep.
+  It broadcasts before it converts, so XLA reads the stored scales and keeps no
+  copy of its own.
   """
   if across is None:
     across = lambda x: jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape) - 1)))
@@ -306,7 +316,7 @@ def _along(scale_K, shape, across=None):
 
 
 def _in_blocks(x):
-  """[..., n] -> [..., blocks, BLOCK], the last block filled with zeros."""
+  """[..., n] -> [..., blocks, BLOCK]; pads the last block with zeros."""
   x = x.reshape(x.shape or (1,))
   n = x.shape[-1]
   if n < BLOCK:
@@ -317,7 +327,7 @@ def _in_blocks(x):
 
 
 def _off_blocks(x_KxB, shape):
-  """The inverse of `_in_blocks`."""
+  """The inverse of ``_in_blocks``."""
   n = shape[-1] if shape else 1
   return (
     x_KxB.reshape(*shape[:-1], -1)[..., :n].reshape(shape) if x_KxB.size else x_KxB.reshape(shape)

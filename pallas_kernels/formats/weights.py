@@ -1,7 +1,7 @@
 """Weight formats: a half-precision dtype plus a few residual bits.
 
-A :class:`FloatGrid` holds what the arithmetic needs to know of a narrow
-floating-point dtype; a :class:`DeltaFormat` is what a user names.
+``FloatGrid`` describes a narrow floating-point dtype to the arithmetic.
+:class:`pallas_kernels.DeltaFormat` is the format that a user names.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ MAX_EXTRA_BITS = 16
 class FloatGrid:
   """The magnitudes of a narrow float, as consecutive integers ("codes").
 
-  A code is the dtype's bit pattern without its sign, so that the next code is
-  the next representable magnitude, subnormals included.
+  A code is the dtype's bit pattern without its sign. The next code is the next
+  representable magnitude, subnormals included.
   """
 
   width: int  # bits of storage, the sign included
   mantissa_bits: int
   bias: int
   max_code: int  # the largest finite magnitude
-  inf_code: int  # the dtype's NaN where it has no infinity
+  inf_code: int  # the code of NaN if the dtype has no infinity
   nan_code: int
 
 
@@ -48,28 +48,32 @@ _ACCEPTED = '"bf16+K" or "fp16+K" with K = 0..16, or "fp32"'
 
 @dataclasses.dataclass(frozen=True)
 class DeltaFormat:
-  """A half-precision dtype and the residual bits that complete it.
+  """A half-precision dtype and the residual bits that complete a float32 master.
 
   Args:
     dtype: ``bfloat16`` or ``float16``; ``float32`` (with ``extra_bits=0``)
-      means that a weight is left alone.
-    extra_bits: residual bits a value, 0 to 16. The float32 value is kept on a
-      grid ``2**extra_bits`` times finer than ``dtype``'s.
-    rounding: how the float32 value goes onto that grid: ``"nearest"`` (ties to
-      even), ``"stochastic"`` or ``"truncate"`` (towards zero).
-    low_rounding: how the half-precision part is taken off the grid. With
-      another value than ``"nearest"`` one more bit records the direction.
+      leaves a weight alone.
+    extra_bits: residual bits a value, 0 to 16. The master lies on a grid
+      ``2**extra_bits`` times finer than that of ``dtype``.
+    rounding: how a float32 value is rounded to that grid: ``"nearest"`` (ties
+      to even), ``"stochastic"`` or ``"truncate"`` (towards zero).
+    low_rounding: how the half-precision weight is rounded from the grid. Any
+      value but ``"nearest"`` takes one more bit, which records the direction.
 
   Raises:
-    ValueError: for another dtype, bit count or rounding.
+    ValueError: if the dtype, bit count or rounding is not one of these.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import DeltaFormat
+    >>> DeltaFormat(jnp.bfloat16, extra_bits=8).name
+    'bf16+8'
     >>> DeltaFormat.parse("bf16+8").bits_per_param
     24
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
   """
 
   dtype: Any = jnp.bfloat16
@@ -84,37 +88,42 @@ class DeltaFormat:
       dtype = self.dtype
     if dtype not in SHORT_NAMES.values():
       raise ValueError(
-        "A weight format's dtype is bfloat16, float16, or float32 for"
-        f" a weight that is left alone; got {self.dtype!r}."
+        "The dtype of a weight format must be bfloat16, float16, or float32"
+        f" (which leaves the weight alone); got {self.dtype!r}."
       )
     object.__setattr__(self, "dtype", dtype)  # one spelling: hashable, equal
     bits = self.extra_bits
     if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= MAX_EXTRA_BITS:
-      raise ValueError(f"extra_bits is an integer from 0 to {MAX_EXTRA_BITS}; got {bits!r}.")
+      raise ValueError(f"extra_bits must be an integer from 0 to {MAX_EXTRA_BITS}; got {bits!r}.")
     if self.is_full_precision and bits:
       raise ValueError(f"A float32 weight takes no extra bits; got extra_bits={bits}.")
     for name in ("rounding", "low_rounding"):
       if getattr(self, name) not in ROUNDINGS:
-        raise ValueError(f"{name} is one of {ROUNDINGS}; got {getattr(self, name)!r}.")
+        raise ValueError(f"{name} must be one of {ROUNDINGS}; got {getattr(self, name)!r}.")
 
   @classmethod
   def parse(cls, spec: str | Self) -> Self:
-    """Reads a short string such as ``"bf16+8"``; a format passes through.
+    """Parses a short string, for example ``"bf16+8"``; a format passes through.
 
     Args:
-      spec: ``"bf16+K"``, ``"fp16+K"`` (K = 0..16), ``"fp32"``, or a format.
+      spec: ``"bf16+K"`` or ``"fp16+K"`` (K = 0..16), ``"fp32"``, or a format.
 
     Returns:
-      The format, with the default roundings where it was read from a string.
+      The format. A string gives the default roundings.
 
     Raises:
-      ValueError: for any other string.
-      TypeError: for anything that is neither a string nor a format.
+      ValueError: if the string names no format.
+      TypeError: if spec is neither a string nor a format.
+
+    Examples:
+      >>> from pallas_kernels import DeltaFormat
+      >>> DeltaFormat.parse("fp16+13").extra_bits
+      13
     """
     if isinstance(spec, cls):
       return spec
     if not isinstance(spec, str):
-      raise TypeError(f"A weight format is {_ACCEPTED}, or a DeltaFormat; got {spec!r}.")
+      raise TypeError(f"A weight format must be {_ACCEPTED}, or a DeltaFormat; got {spec!r}.")
     match = re.fullmatch(r"(bf16|fp16)\+(\d{1,2})|fp32", spec)
     if match is None or int(match[2] or 0) > MAX_EXTRA_BITS:
       raise ValueError(f"Unknown weight format {spec!r}; accepted: {_ACCEPTED}.")
@@ -122,29 +131,29 @@ class DeltaFormat:
 
   @property
   def name(self) -> str:
-    """The short string, such as ``"bf16+8"``; roundings are not part of it."""
+    """The short string, for example ``"bf16+8"``, without the roundings."""
     short = next(k for k, v in SHORT_NAMES.items() if v == self.dtype)
     return short if self.is_full_precision else f"{short}+{self.extra_bits}"
 
   @property
   def is_full_precision(self) -> bool:
-    """True where a weight in this format is left alone."""
+    """True if the format leaves a weight alone."""
     return self.dtype == jnp.float32
 
   @property
   def residual_bits(self) -> int:
-    """Bits of residual a value: the extra bits and the direction bit, if any."""
+    """Residual bits a value: the extra bits, plus the direction bit if there is one."""
     has_direction = self.extra_bits > 0 and self.low_rounding != "nearest"
     return self.extra_bits + has_direction
 
   @property
   def bits_per_param(self) -> int:
-    """Bits a parameter: the weight's and its residual's."""
+    """Bits a parameter: those of the weight plus those of its residual."""
     return self.dtype.itemsize * 8 + self.residual_bits
 
   @property
   def needs_key(self) -> bool:
-    """True where `split` draws random bits."""
+    """True if ``split`` draws random bits."""
     if self.is_full_precision:
       return False
     holds_all = self.dtype == jnp.bfloat16 and self.extra_bits == 16
@@ -153,18 +162,18 @@ class DeltaFormat:
 
   @property
   def grid(self) -> FloatGrid:
-    """The dtype's codes."""
+    """The codes of the dtype."""
     return GRIDS[self.dtype]
 
   @property
   def half_cell(self) -> int:
-    """Residuals run from ``-half_cell`` up to ``max_delta``."""
+    """Half a cell, in steps of the fine grid: residuals lie in ``[-half_cell, max_delta]``."""
     return (1 << self.residual_bits) // 2
 
   @property
   def max_delta(self) -> int:
     """The largest residual of a weight in the dtype's normal range."""
-    # fp16 with 14 bits or more is finer than float32 there.
+    # There, fp16 with 14 bits or more is finer than float32.
     spare = max(self.extra_bits - (23 - self.grid.mantissa_bits), 0)
     return max(self.half_cell - (1 << spare), 0)
 
@@ -172,5 +181,5 @@ class DeltaFormat:
   def max_code(self) -> int:
     """The largest finite code on the fine grid."""
     if self.dtype == jnp.bfloat16 and self.extra_bits == 16:
-      return 0x7F7FFFFF  # every float32: the weight may be inf here
+      return 0x7F7FFFFF  # the largest float32: here the weight may be inf
     return (self.grid.max_code << self.extra_bits) + self.max_delta
