@@ -1,5 +1,5 @@
 # `make help` lists the commands. Everything happens in virtual environments of
-# its own (.venv, .venv-oldest, .venv-wheel); nothing outside is changed.
+# its own (.venv, .venv-oldest, .venv-wheel, .venv-docs); nothing outside is changed.
 
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -9,7 +9,7 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel bench-cpu bench-h100-compile bench-compile bench-release-compile \
+.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel docs bench-cpu bench-h100-compile bench-compile bench-release-compile \
   bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
@@ -57,6 +57,11 @@ test-wheel: .venv/test.stamp  ## build the wheel, install it into a bare environ
 	.venv-wheel/bin/pip install -q dist/*.whl
 	cd .venv-wheel && bin/python -c "import optax_lowmem, pallas_kernels; print('imported', optax_lowmem.__version__, optax_lowmem.__file__)"
 
+docs: .venv-docs/docs.stamp  ## the documentation site, docs/_build/html; warnings are errors (2 minutes)
+	rm -rf docs/generated
+	.venv-docs/bin/python -m sphinx -E -q -W --keep-going -n -j 2 -b html docs docs/_build/html
+	@echo "built docs/_build/html/index.html"
+
 bench-cpu: .venv/demo.stamp  ## time and bytes of an optimizer step on this CPU, against Optax's
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.step cpu
 
@@ -87,7 +92,7 @@ format: .venv/test.stamp  ## format with ruff
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-oldest .venv-wheel dist out
+	rm -rf .venv .venv-oldest .venv-wheel .venv-docs dist out docs/_build docs/generated
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "optax_lowmem needs Python >= 3.12 and found none on PATH;" \
@@ -117,4 +122,10 @@ clean:  ## remove the environments and what was built
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -e ".[examples,test,h100]" jax==$(JAX_OLDEST) jaxlib==$(JAX_OLDEST) \
 	  jax-cuda13-plugin==$(JAX_OLDEST) jax-cuda13-pjrt==$(JAX_OLDEST)
+	@touch $@
+
+.venv-docs/docs.stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "optax_lowmem needs Python >= 3.12 and found none on PATH." >&2; exit 1; }
+	test -d .venv-docs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -e ".[docs]"
 	@touch $@
