@@ -48,7 +48,7 @@ def low_of(bits, dtype):
 
 
 def _round_off(code, shift, rounding: Rounding, bits):
-  """`code / 2**shift` rounded to an integer; shift is 0 to 31, scalar or array."""
+  """``code / 2**shift`` rounded to an integer; shift is 0 to 31, scalar or array."""
   if isinstance(shift, int) and shift == 0:
     return code
   if rounding == "stochastic":
@@ -207,7 +207,7 @@ def _is_special(code, fmt: DeltaFormat):
 
 
 def merge_values(low, delta, fmt: DeltaFormat):
-  """(low, delta) -> float32: the exact inverse of `split_values` on its range.
+  """(low, delta) -> float32: the exact inverse of ``split_values`` on its range.
 
   Args:
     low: the weight, in the format's dtype.

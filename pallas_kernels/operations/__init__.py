@@ -1,1 +1,1 @@
-"""What other packages call: one module an operation."""
+"""The operations that other packages call, one module each."""

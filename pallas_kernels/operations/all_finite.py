@@ -1,7 +1,7 @@
-"""all_finite: are all values of all arrays finite?
+"""all_finite: whether every value of some arrays is finite.
 
-On a mesh each device looks at its shards of all the arrays, and one bool is reduced over
-the devices. (XLA alone reduces one for each set of mesh axes that arrays are sharded over.)
+On a mesh, each device checks its shards of all arrays and reduces one bool over the
+devices. (XLA alone would reduce one for each set of mesh axes that shards an array.)
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _EVERYWHERE = PartitionSpec()
 
 
 def all_finite(arrays: Sequence[jax.Array], factor: jax.Array) -> jax.Array:
-  """Whether every value, times a factor in float32 (or wider), is finite.
+  """Whether every value times a factor, in float32 or wider, is finite.
 
   Args:
     arrays: floating-point or complex, any shapes.
@@ -29,7 +29,7 @@ def all_finite(arrays: Sequence[jax.Array], factor: jax.Array) -> jax.Array:
   Returns:
     A bool of shape ().
   """
-  arrays = [x for x in arrays if x.size]  # jaxlib 0.11.2 dies of an empty one in a shard_map
+  arrays = [x for x in arrays if x.size]  # an empty one in a shard_map crashes jaxlib 0.11.2
   mesh = sharded.mesh_of(arrays)
   if mesh is None:
     partitioned = dict.fromkeys(("cpus", "gpus"), _partitioned)
@@ -47,7 +47,7 @@ def all_finite(arrays: Sequence[jax.Array], factor: jax.Array) -> jax.Array:
 
 
 def scaled(x, factor):
-  """The product with a float32 factor, in float32 or wider."""
+  """The product of x and a float32 factor, in float32 or wider."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   return x.astype(dtype) * factor.astype(jnp.finfo(dtype).dtype)
 
@@ -58,13 +58,13 @@ def _all_finite(arrays, factor):
 
 
 def _partitioned(arrays, factor):
-  """A custom call that XLA's partitioner replaces by a check of the shards, whatever they are."""
+  """A custom call that XLA's partitioner replaces by a check of each device's shards."""
   if not arrays:
     return jnp.array(True)
 
   def partition(mesh, args, result):
     del mesh, result
-    # The devices in the order of the partitioned program.
+    # In the device order of the partitioned program.
     devices = args[-1].sharding.devices_indices_map(())
     mesh = Mesh(np.array(list(devices)), ("device",))
 
@@ -72,7 +72,7 @@ def _partitioned(arrays, factor):
       return jax.lax.pmin(_all_finite(flat[:-1], flat[-1]), "device")
 
     everywhere = NamedSharding(mesh, _EVERYWHERE)
-    # Uneven shards are padded with whatever is there, which need not be finite.
+    # XLA pads uneven shards with arbitrary values, which may not be finite.
     on_each = tuple(x.sharding if _is_even(x.sharding, x.shape) else everywhere for x in args)
     return mesh, on_shards, everywhere, on_each
 
@@ -87,7 +87,7 @@ def _partitioned(arrays, factor):
 
 
 def _is_even(sharding, shape: tuple[int, ...]) -> bool:
-  """Whether the shards of an array have one shape, without padding."""
+  """Whether all shards of an array have the same shape, without padding."""
   count = len(sharding.device_set)
   parts = (count // n for n in sharding.shard_shape((count,) * len(shape)))
   return all(n % k == 0 for n, k in zip(shape, parts, strict=True))

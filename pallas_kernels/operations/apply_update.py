@@ -1,4 +1,4 @@
-"""apply_update: merge, add a float32 update and split again, in one pass and in place."""
+"""apply_update: merges, adds a float32 update and splits again, in one pass and in place."""
 
 import functools
 
@@ -22,30 +22,40 @@ def apply_update(
   key: jax.typing.ArrayLike | None = None,
   implementation: implementations.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """`split(merge(low, delta) + update)`, in place where the buffers are donated.
+  """Adds a float32 update to the master weights: ``split(merge(low, delta) + update)``.
+
+  It works in place if the caller donates the buffers.
 
   Args:
-    low: weights in the format's dtype, [...].
-    delta: their residuals as `split` packed them; None where there are none.
+    low: weights [...] in the format's dtype.
+    delta: their residuals, packed by ``split``; None if the format has none.
     update: float32 [...].
-    fmt: the format.
-    key: an integer seed or a `jax.random` key, where the format needs one.
-    implementation: None, "xla" or "mosaic_gpu" (residuals of 0, 8 or 16 bits).
+    fmt: the format, for example ``"bf16+8"``.
+    key: an integer seed or a ``jax.random`` key. A format that rounds
+      stochastically requires it.
+    implementation: None, ``"xla"`` or ``"mosaic_gpu"`` (residuals of 0, 8 or 16
+      bits).
 
   Returns:
-    The new (low, delta).
+    The new ``(low, delta)``, in the shapes and dtypes of the old.
 
   Raises:
-    TypeError: if a dtype is not the format's, or update is not float32.
-    ValueError: if shapes do not belong together, a key is missing, or the
-      platform lacks the implementation.
+    TypeError: if a weight or residual does not have the format's dtype, or
+      update is not float32.
+    ValueError: if shapes do not match, a key is missing, or the platform lacks
+      the implementation.
 
   Examples:
-    >>> low, delta = apply_update(low, delta, -lr * grads, "bf16+8", key=key)
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import apply_update, merge, split
+    >>> low, delta = split(jnp.full(4, 1.0), "bf16+16")
+    >>> low, delta = apply_update(low, delta, jnp.full(4, -1e-4), "bf16+16")
+    >>> print(merge(low, delta, "bf16+16"))
+    [0.9999 0.9999 0.9999 0.9999]
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
   """
   fmt = DeltaFormat.parse(fmt)
   update = checks.float32_array(update, "update")
@@ -54,10 +64,10 @@ def apply_update(
 
 
 def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementation=None):
-  """`apply_update` with a stream's words (`stream_keys`) instead of a key."""
+  """``apply_update`` with the words of a stream (``stream_keys``) instead of a key."""
   checks.residual(low, delta, fmt)
   if update.shape != low.shape:
-    raise ValueError(f"The update has the weight's shape {low.shape}; got {update.shape}.")
+    raise ValueError(f"The update must have the weight's shape {low.shape}; got {update.shape}.")
   if fmt.is_full_precision:
     return low + update, None
   if implementations.resolve(implementation, low, update, residual_bits=fmt.residual_bits) == "xla":

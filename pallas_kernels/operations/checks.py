@@ -1,4 +1,4 @@
-"""Operand checks that the operations share."""
+"""Operand checks shared by the operations."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from pallas_kernels.formats.weights import DeltaFormat
 
 
 def float32_array(x, name: str) -> jax.Array:
-  """An array of x; one that has a dtype must be float32."""
+  """Converts x to a float32 array; raises if x has another dtype."""
   if getattr(x, "dtype", jnp.float32) != jnp.float32:
-    raise TypeError(f"{name} is float32; got {x.dtype}{list(x.shape)}.")
+    raise TypeError(f"{name} must be float32; got {x.dtype}{list(x.shape)}.")
   return jnp.asarray(x, jnp.float32)
 
 
 def stream_of(key, fmt: DeltaFormat, what: str) -> jax.Array | None:
-  """The stream's words for a user's key; None where the format draws nothing."""
+  """The words of the stream for a user's key; None if the format draws no random bits."""
   if not fmt.needs_key:
     return None
   if key is None:
@@ -25,13 +25,13 @@ def stream_of(key, fmt: DeltaFormat, what: str) -> jax.Array | None:
 
 
 def residual(low: jax.Array, delta: jax.Array | None, fmt: DeltaFormat, what: str = "The weight"):
-  """Checks that a weight and its residual belong to a format and to each other."""
+  """Checks that a weight and its residual match their format and each other."""
   if low.dtype != fmt.dtype:
-    raise TypeError(f"{what} is {low.dtype}; its format {fmt.name} is for {fmt.dtype}.")
+    raise TypeError(f"{what} is {low.dtype}, but its format {fmt.name} stores {fmt.dtype}.")
   expected = packing.stored_struct(low.shape, fmt)
   if _describe(delta) != _describe(expected):
     raise ValueError(
-      f"{what} of shape {low.shape} in format {fmt.name} has the residual"
+      f"{what} of shape {low.shape} in format {fmt.name} must have the residual"
       f" {_describe(expected)}; got {_describe(delta)}."
     )
 

@@ -1,4 +1,4 @@
-"""merge: a half-precision weight and its residual bits back into float32."""
+"""merge: restores the float32 master from a half-precision weight and its residual."""
 
 import functools
 
@@ -19,28 +19,34 @@ def merge(
   *,
   implementation: implementations.Implementation | None = None,
 ) -> jax.Array:
-  """The float32 values that `split` was given, on the format's grid.
+  """Restores the float32 masters that ``split`` stored, on the format's grid.
 
   Args:
-    low: weights in the format's dtype, [...].
-    delta: their residuals as `split` packed them; None where there are none.
-    fmt: the format that they were split with.
-    implementation: None, "xla" or "mosaic_gpu" (residuals of 0, 8 or 16 bits).
+    low: weights [...] in the format's dtype.
+    delta: their residuals, packed by ``split``; None if the format has none.
+    fmt: the format that split them.
+    implementation: None, ``"xla"`` or ``"mosaic_gpu"`` (residuals of 0, 8 or 16
+      bits).
 
   Returns:
     float32 [...].
 
   Raises:
-    TypeError: if low is not of the format's dtype.
-    ValueError: if delta's shape or dtype does not belong to low and the
+    TypeError: if low does not have the format's dtype.
+    ValueError: if the shape or dtype of delta does not match low and the
       format, or the platform lacks the implementation.
 
   Examples:
-    >>> merge(*split(x, "bf16+16"), "bf16+16")  # x, bit for bit
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import merge, split
+    >>> x = jnp.array([0.1, -2.7, 1e-30])
+    >>> low, delta = split(x, "bf16+16")
+    >>> bool((merge(low, delta, "bf16+16") == x).all())
+    True
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
   """
   fmt = DeltaFormat.parse(fmt)
   low = low if isinstance(low, jax.Array) else jnp.asarray(low)

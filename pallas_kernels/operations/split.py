@@ -1,4 +1,4 @@
-"""split: a float32 value into a half-precision weight and a few residual bits."""
+"""split: stores a float32 master as a half-precision weight and a few residual bits."""
 
 import functools
 
@@ -23,32 +23,39 @@ def split(
   key: jax.typing.ArrayLike | None = None,
   implementation: implementations.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Splits float32 values into half-precision weights and packed residuals.
+  """Splits float32 masters into half-precision weights and packed residuals.
 
   Args:
     x: float32 [...].
-    fmt: a format, such as "bf16+8". "fp32" gives (x, None).
-    key: an integer seed or a `jax.random` key; needed where the format rounds
-      stochastically (every format that a string names, but "bf16+16").
-    implementation: None, "xla" or "mosaic_gpu" (residuals of 0, 8 or 16 bits).
+    fmt: a format, for example ``"bf16+8"``. ``"fp32"`` gives ``(x, None)``.
+    key: an integer seed or a ``jax.random`` key. A format that rounds
+      stochastically requires it: every format string but ``"bf16+16"`` and
+      ``"fp32"``.
+    implementation: None, ``"xla"`` or ``"mosaic_gpu"`` (residuals of 0, 8 or 16
+      bits).
 
   Returns:
-    low: the format's dtype [...], a nearest value of `merge(low, delta)`
-      (unless `low_rounding` says otherwise).
-    delta: the residual, packed as `packing.stored_struct` describes; None
-      where the format has no residual bits.
+    ``(low, delta)``. ``low`` [...] has the format's dtype and is a value nearest
+    to ``merge(low, delta)``, unless ``low_rounding`` is not ``"nearest"``.
+    ``delta`` is the packed residual: an array of the rank of x, or None if the
+    format has no residual bits.
 
   Raises:
-    TypeError: if x is not float32 or key is no key.
-    ValueError: for an unknown format, a missing key, or an implementation that
-      the platform lacks.
+    TypeError: if x is not float32, or key is not a key.
+    ValueError: if the format is unknown, a key is missing, or the platform
+      lacks the implementation.
 
   Examples:
-    >>> low, delta = split(x, "bf16+8", key=jax.random.key(0))
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import split
+    >>> low, delta = split(jnp.array([0.1, 1.0]), "bf16+8", key=jax.random.key(0))
+    >>> print(low, low.dtype, delta.dtype)
+    [0.100098 1] bfloat16 int8
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
   """
   fmt = DeltaFormat.parse(fmt)
   x = checks.float32_array(x, "x")
@@ -57,7 +64,7 @@ def split(
 
 
 def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
-  """`split` with a stream's words (`stream_keys`) instead of a key."""
+  """``split`` with the words of a stream (``stream_keys``) instead of a key."""
   if fmt.is_full_precision:
     return x, None
   if implementations.resolve(implementation, x, residual_bits=fmt.residual_bits) == "xla":
@@ -75,16 +82,16 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 def split_leaves(xs, fmt: DeltaFormat, streams, merges: bool):
-  """`split_stream` of several arrays, in one program, where small ones are joined.
+  """``split_stream`` of several arrays in one program, which joins small ones.
 
   Args:
     xs: float32 arrays.
-    fmt: their format, of half precision.
-    streams: the words of each array's stream.
-    merges: whether the float32 values of weights and residuals are wanted.
+    fmt: their half-precision format.
+    streams: the words of each array's stream, uint32 [2].
+    merges: whether to return the masters, too.
 
   Returns:
-    (low, delta, value) of each array; value is None unless it is wanted.
+    (low, delta, master) of each array; master is float32, or None without merges.
   """
   if any(map(sharded.has_explicit_axes, xs)):
     results = [split_stream(x, fmt, stream) for x, stream in zip(xs, streams, strict=True)]

@@ -1,4 +1,4 @@
-"""stochastic_round: float32 to a narrow float, up or down at random, right on average."""
+"""stochastic_round: rounds float32 to a narrow float, up or down at random and without bias."""
 
 import jax
 import jax.numpy as jnp
@@ -18,36 +18,43 @@ def stochastic_round(
   *,
   implementation: implementations.Implementation | None = None,
 ) -> jax.Array:
-  """Rounds to one of the two neighbours in `dtype`, with the value as expectation.
+  """Rounds each value to one of its two neighbours in a dtype, without bias.
 
-  A value that `dtype` represents never moves. Finite values beyond the largest
-  finite one become that one; infinities stay (NaN in float8_e4m3fn, which has
-  none), NaN stays NaN.
+  The expectation of the result is the value. A value that the dtype represents
+  never changes. Finite values saturate at the largest finite one. Infinity stays
+  infinity (NaN in float8_e4m3fn, which has no infinity), and NaN stays NaN.
 
   Args:
-    key: an integer seed or a `jax.random` key.
+    key: an integer seed or a ``jax.random`` key.
     x: float32 [...].
-    dtype: bfloat16, float16, float8_e4m3fn or float8_e5m2.
-    implementation: None, "xla" or "mosaic_gpu".
+    dtype: ``bfloat16``, ``float16``, ``float8_e4m3fn`` or ``float8_e5m2``.
+    implementation: None, ``"xla"`` or ``"mosaic_gpu"``.
 
   Returns:
-    `dtype` [...].
+    An array [...] of the dtype.
 
   Raises:
-    TypeError: if x is not float32 or key is no key.
-    ValueError: for another dtype or an implementation that the platform lacks.
+    TypeError: if x is not float32, or key is not a key.
+    ValueError: if the dtype is not one of these, or the platform lacks the
+      implementation.
 
   Examples:
-    >>> stochastic_round(jax.random.key(0), jnp.full(4, 1.003), jnp.bfloat16)
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import stochastic_round
+    >>> x = jnp.full(10_000, 1.002)  # between 1 and 1.0078125
+    >>> rounded = stochastic_round(jax.random.key(0), x, jnp.bfloat16)
+    >>> print(jnp.unique(rounded), f"{rounded.mean(dtype=jnp.float32):.3f}")
+    [1 1.00781] 1.002
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
   """
   dtype = jnp.dtype(dtype)
   if dtype not in GRIDS:
     accepted = ", ".join(str(d) for d in GRIDS)
-    raise ValueError(f"stochastic_round rounds to {accepted}; got {dtype}.")
+    raise ValueError(f"The dtype of stochastic_round must be one of {accepted}; got {dtype}.")
   x = checks.float32_array(x, "x")
   stream = stream_keys(key_words(key))[0]
   if implementations.resolve(implementation, x) == "xla":

@@ -1,1 +1,1 @@
-"""Where a program runs: on which device, on which shards of a mesh."""
+"""Placement: the devices and the shards of a mesh that a program runs on."""

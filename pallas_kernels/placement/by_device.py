@@ -1,11 +1,11 @@
-"""by_device: the program that suits the device it is compiled for, chosen while it is lowered.
+"""by_device: selects a program for the target device while JAX lowers it.
 
-A traced function does not know where it will run: `jax.jit` may compile it for
-another device than the default one, or for several. JAX's `platform_dependent`
-sees "cuda" alone, but a Mosaic GPU kernel that is compiled for a GPU before
-Hopper aborts the process, and one inside a partitioned program needs to be
-partitioned by us. So this is a primitive of our own, whose lowering looks at the
-devices.
+A traced function does not know where it will run: ``jax.jit`` may compile it for
+a device other than the default one, or for several. JAX's ``platform_dependent``
+sees only "cuda". That is not enough: compiling a Mosaic GPU kernel for a GPU
+before Hopper aborts the process, and XLA cannot partition a kernel in a program
+for several devices. So this module defines a primitive whose lowering inspects
+the devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-# Private, and the only way for a lowering rule to be told its devices; without
-# it `device_assignment` is None and everything takes the XLA path.
+# Private, but the only way for a lowering rule to learn its devices. Without it,
+# `device_assignment` is None and every call takes the XLA program.
 from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -29,24 +29,24 @@ dispatch.prim_requires_devices_during_lowering.add(_by_device_p)
 def by_device(
   programs: Mapping[str, Callable], *args, on_each: bool = False, like: Any = None
 ) -> Any:
-  """Calls one of several programs with equal results.
+  """Calls one of several programs that compute the same results.
 
   Args:
-    programs: by kind of device: "any" (needed), "cpu" and "gpu" (one device),
-      "cpus" and "gpus" (several, in one program that XLA partitions),
-      "mosaic_gpu" and "mosaic_gpus" (NVIDIA GPUs that the kernels compile for;
-      without them "gpu" and "gpus"). They close over no tracers.
+    programs: a program for each kind of device: "any" (required), "cpu" and
+      "gpu" (one device), "cpus" and "gpus" (several, in one program that XLA
+      partitions), "mosaic_gpu" and "mosaic_gpus" (NVIDIA GPUs that support the
+      kernels; they default to "gpu" and "gpus"). They close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
-    on_each: whether the programs run the same on each of several devices
-      (`jax.shard_map`): the device is then any of them.
-    like: arrays of the results' types, where they are known; otherwise a trace
-      of the program for "any" tells them.
+    on_each: whether each of several devices runs the program alone
+      (``jax.shard_map``). Any one of them then determines the kind.
+    like: arrays of the results' types, if known. Otherwise a trace of the
+      program for "any" determines the types.
 
   Returns:
-    What the program returns, a pytree of arrays.
+    The results of the program, a pytree of arrays.
   """
   flat, treedef = jax.tree.flatten(args)
-  # Types, with whatever they carry besides shape and dtype (shardings, varying mesh axes).
+  # Types carry more than shape and dtype: shardings, varying mesh axes.
   if like is not None and all(map(_is_plain, map(jax.typeof, flat))):
     struct = like
     types = [jax.typeof(x).update(weak_type=False) for x in jax.tree.leaves(like)]
@@ -64,7 +64,7 @@ def by_device(
 
 
 def _is_plain(aval) -> bool:
-  """Whether a type says no more than shape and dtype."""
+  """Whether a type carries nothing but shape and dtype."""
   mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
   return not getattr(aval, "vma", None) and (mesh is None or mesh.empty)
 
@@ -82,7 +82,7 @@ def _abstract_eval(*avals, result, **params):
 
 def _impl(*args, **params):
   bind = functools.partial(_by_device_p.bind, **params)
-  with jax.disable_jit(False):  # it would come back here
+  with jax.disable_jit(False):  # otherwise jit would call this function again
     return jax.jit(bind)(*args)
 
 
@@ -120,7 +120,8 @@ def _kind(devices, platforms) -> str:
 
 
 def _kind_of_one(device, platforms) -> str:
-  if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):  # exported for another
+  # An exported program can target a platform other than its devices'.
+  if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):
     return "any"
   if device.platform == "cpu":
     return "cpu"

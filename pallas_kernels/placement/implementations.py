@@ -1,4 +1,4 @@
-"""implementations: the names of an operation's programs, and where they run."""
+"""implementations: the names of an operation's programs and the devices that run them."""
 
 from typing import Literal, get_args
 
@@ -6,35 +6,35 @@ import jax
 
 Implementation = Literal["xla", "mosaic_gpu"]
 
-MAX_SIZE = 2**31 - 1  # a program's first element is an int32
+MAX_SIZE = 2**31 - 1  # a kernel program keeps the place of its first element in an int32
 
 
 def check_name(implementation):
-  """Raises a ValueError for what is no implementation."""
+  """Raises a ValueError if the name is not that of an implementation."""
   if implementation not in (None, *get_args(Implementation)):
-    raise ValueError(f'implementation is None, "xla" or "mosaic_gpu"; got {implementation!r}.')
+    raise ValueError(f'implementation must be None, "xla" or "mosaic_gpu"; got {implementation!r}.')
 
 
 def resolve(
   implementation: Implementation | None, *arrays: jax.Array, residual_bits: int = 0
 ) -> Implementation:
-  """Checks an operation's `implementation`, and chooses it where it is None.
+  """Checks an operation's ``implementation``, and chooses one for None.
 
-  None is "xla" here: XLA compiles each of these operations into one fusion
-  with the kernel's traffic (`tests/test_h100.py` counts both), and no
-  measurement on a GPU has shown the kernel to be faster. (`fused_update`,
-  which XLA needs two passes for, chooses by the device it is compiled for.)
+  None means "xla" here. XLA compiles each of these operations into one fusion
+  with the memory traffic of the kernel (``tests/test_h100.py`` counts both), and
+  no measurement on a GPU has shown the kernel to be faster. (``fused_update``,
+  for which XLA needs two passes, chooses by the target device.)
 
   Args:
     implementation: None, "xla" or "mosaic_gpu".
-    *arrays: the operands; the first decides the size.
-    residual_bits: bits a value of the operation's residual.
+    *arrays: the operands; the first determines the size.
+    residual_bits: residual bits a value.
 
   Returns:
     "xla" or "mosaic_gpu".
 
   Raises:
-    ValueError: for another name, or where the kernel cannot run.
+    ValueError: if the name is unknown or the kernel cannot run.
   """
   check_name(implementation)
   if implementation in (None, "xla"):
@@ -51,11 +51,11 @@ def resolve(
 
 
 def _check_devices(arrays):
-  """Raises where the platform lacks Mosaic GPU, before anything is lowered.
+  """Raises before lowering if the platform does not support Mosaic GPU.
 
-  (Below compute capability 9.0, LLVM would abort the whole process.) Tracers
-  have no device: under jit the default backend speaks if it is a GPU; if it is
-  a CPU, the program may be compiled for another machine, or interpreted.
+  (Below compute capability 9.0, LLVM would abort the process.) Tracers have no
+  device. Under jit, the check uses the default backend if that is a GPU; if it is
+  a CPU, the program may target another machine or the interpreter.
   """
   if interpreter_is_forced():
     return
@@ -75,7 +75,7 @@ def _check_devices(arrays):
 
 
 def interpreter_is_forced() -> bool:
-  """Whether kernels run on a CPU under JAX's GPU interpreter."""
+  """Whether JAX's GPU interpreter runs kernels on a CPU."""
   # JAX has no public getter for what `force_gpu_interpret_mode` sets.
   from jax._src import config
 

@@ -1,9 +1,9 @@
-"""partitioned: a step of leaves shard by shard, inside a program that XLA partitions.
+"""partitioned: steps leaves shard by shard, inside a program that XLA partitions.
 
-On a mesh with Auto axes a trace does not know how XLA will shard what it is given,
-and XLA cannot partition a kernel. So the step becomes a custom call with a rule of
-which axes belong together; once XLA has decided on shardings, the call is replaced by
-the program of one shard, with the random bits of its place in the whole.
+On a mesh with Auto axes, a trace does not know how XLA will shard its operands, and
+XLA cannot partition a kernel. So the step becomes a custom call with a rule that says
+which axes correspond. Once XLA has chosen the shardings, it replaces the call by the
+program of one shard, with the random bits of the shard's place in the whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,28 +23,29 @@ from pallas_kernels.placement.by_device import by_device
 
 
 def partitioned(program: Callable, scalars, leaves: Sequence[Any], when, index):
-  """Runs one of `programs` on each shard.
+  """Runs a program on each shard.
 
-  What belongs to one weight is sharded like that part of its state of which a device
-  has least, and is moved there and back if it was not. Where that would cut a block, or
-  a stack along its first axis, another axis is cut, or if none can be, none.
+  All arrays of one weight are cut like the part of its state that has the most
+  shards; an array with another sharding is moved there and back. If that would cut
+  a block, or a stack along its first axis, another axis is cut instead. If no other
+  axis can be, that cut is dropped.
 
   Args:
     program: (scalars, leaves, when, index, windows=) -> new (low, delta,
       statistics) of each leaf, on shards of any shape.
     scalars: arrays of shape ().
-    leaves: `programs.leaf.Leaf`s, of rows of whole blocks.
+    leaves: ``programs.leaf.Leaf``s whose rows are whole blocks.
     when: a bool, or None.
     index: the place of each leaf in a stack, or None.
 
   Returns:
-    What program returns, of the whole arrays.
+    The results of program, as whole arrays.
   """
   flat, treedef = jax.tree.flatten((scalars, leaves, when, index))
   wholes = [leaf.low.shape for leaf in leaves]
   has_index = index is not None
 
-  def types(*flat):  # of the results; it is never run
+  def types(*flat):  # traced for the types of the results, but never run
     return jax.tree.leaves(_written(jax.tree.unflatten(treedef, flat)[1]))
 
   def partition(mesh, args, results):
@@ -65,7 +66,7 @@ def partitioned(program: Callable, scalars, leaves: Sequence[Any], when, index):
     shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), list(args))
     before, own, *after = jax.tree.unflatten(treedef, shardings)
     own = [_shardings(leaf, cut, has_index) for leaf, cut in zip(own, cuts, strict=True)]
-    # by_device hides the effects of references, which this way of lowering does not know.
+    # by_device hides the effects of refs, which custom_partitioning does not lower.
     lower = lambda *flat: by_device({"any": on_shards}, *flat)
     return mesh, lower, jax.tree.leaves(_written(own)), tuple(jax.tree.leaves((before, own, after)))
 
@@ -77,7 +78,7 @@ def partitioned(program: Callable, scalars, leaves: Sequence[Any], when, index):
 
 
 def _written(leaves):
-  """What a step replaces."""
+  """The parts of leaves that a step replaces: (low, delta, statistics)."""
   return [leaf[1:4] for leaf in leaves]
 
 
@@ -85,10 +86,10 @@ class _Cut(NamedTuple):
   """How an array is sharded.
 
   Attributes:
-    sharding: one of the same class.
-    devices: all of them, in the order of the partitioned program.
-    parts: into how many parts each axis is cut, int [axes].
-    places: which part each device has, int [devices, axes].
+    sharding: a sharding of the class to construct.
+    devices: all devices, in the order of the partitioned program.
+    parts: the number of parts along each axis, int [axes].
+    places: the part that each device holds, int [devices, axes].
   """
 
   sharding: Any
@@ -98,12 +99,12 @@ class _Cut(NamedTuple):
 
 
 def _cut_of(leaf, whole: tuple[int, ...], has_index: bool) -> _Cut:
-  """How a leaf is cut: as it is where a device has least of it, but through no block."""
+  """Chooses a leaf's cut: that of its array with the most shards, but through no block."""
   rank = len(whole)
   cuts = []
   for sharding in dict.fromkeys(x.sharding for x in jax.tree.leaves(leaf[1:4])):
-    # The indices of an array with as many elements along each axis as there are devices, so that
-    # every sharding divides it.
+    # Looks at an array with as many elements along each axis as there are devices, because every
+    # sharding divides it.
     count = len(sharding.device_set)
     indices = sharding.devices_indices_map((count,) * rank)
     starts = np.array([[x.start or 0 for x in slices] for slices in indices.values()])
@@ -117,7 +118,7 @@ def _cut_of(leaf, whole: tuple[int, ...], has_index: bool) -> _Cut:
       continue
     part, place = cut.parts[axis], cut.places[:, axis].copy()
     cut.parts[axis], cut.places[:, axis] = 1, 0
-    for other in firsts:  # cut another axis instead
+    for other in firsts:  # cuts another axis instead
       if other != axis and whole[other] % (cut.parts[other] * part * units[other]) == 0:
         cut.places[:, other] = cut.places[:, other] * part + place
         cut.parts[other] *= part
@@ -132,7 +133,7 @@ def _window(cut: _Cut, part: tuple[int, ...], whole: tuple[int, ...], device) ->
 
 
 def _shardings(leaf, cut: _Cut, has_index: bool):
-  """The shardings of what belongs to a leaf: of the replicated leaf, those that are not."""
+  """A leaf of shardings: those of the cut for gradient and state, the given ones for the rest."""
   rank = len(cut.parts)
   first = 1 if has_index else 0
   state = jax.tree.map(lambda _: _tiled(cut, range(rank)), leaf[1:4])
@@ -140,10 +141,10 @@ def _shardings(leaf, cut: _Cut, has_index: bool):
 
 
 def _tiled(cut: _Cut, axes: range):
-  """The sharding of an array with these axes."""
+  """The sharding that a cut gives an array with these axes."""
   parts = [int(cut.parts[axis]) for axis in axes]
   copies = len(cut.places) // math.prod(parts)
-  # XLA's own description: a NamedSharding cannot say any order of the devices.
+  # In XLA's own form: a NamedSharding cannot express every order of the devices.
   proto = type(cut.sharding._to_xla_hlo_sharding(len(parts)).to_proto())()
   if copies == len(cut.places):
     proto.type = proto.Type.REPLICATED
@@ -156,7 +157,7 @@ def _tiled(cut: _Cut, axes: range):
 
 
 def _rule(args) -> SdyShardingRule:
-  """Statistics are sharded as they were; a gradient like its weight if XLA can choose."""
+  """The rule of the custom call: a gradient is sharded like its weight if XLA can choose."""
   unused = map("axis{}_".format, itertools.count())
   new = lambda x: tuple(itertools.islice(unused, jnp.ndim(x)))
   operands = jax.tree.map(new, args)

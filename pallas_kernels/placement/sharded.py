@@ -1,9 +1,9 @@
 """sharded: operations on arrays whose types carry a sharding (a mesh with Explicit axes).
 
-Under Auto axes XLA partitions what it is given, and a trace knows no sharding.
-Under Explicit axes a reshape that cuts a sharded axis anew is an error. So an
-operation here is handed to XLA's partitioner (`automatic`), or, where no block
-is cut by a shard's edge, run on each shard alone (`Shards`), without any
+Under Auto axes, XLA partitions the program, and a trace knows no sharding. Under
+Explicit axes, a reshape that splits a sharded axis is an error. An operation on
+those arrays takes one of two ways. ``automatic`` hands it to XLA's partitioner.
+If no shard's edge cuts a block, ``Shards`` runs it on each shard alone, without
 communication and with the random bits of the shard's place in the whole.
 """
 
@@ -20,7 +20,7 @@ from pallas_kernels.formats.state_formats import BLOCK
 
 
 def explicit(x) -> NamedSharding | None:
-  """The sharding in an array's type; None where no axis of it is sharded explicitly."""
+  """The sharding in an array's type; None if none of its axes is sharded explicitly."""
   sharding = getattr(jax.typeof(x), "sharding", None)
   if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
     return None
@@ -28,21 +28,21 @@ def explicit(x) -> NamedSharding | None:
 
 
 def has_explicit_axes(x) -> bool:
-  """Whether an array is on a mesh with Explicit axes, or traced where one is set."""
+  """Whether an array is on a mesh with Explicit axes, or is traced under one."""
   mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
   kinds = [kind for m in (mesh, jax.sharding.get_abstract_mesh()) if m for kind in m.axis_types]
   return AxisType.Explicit in kinds
 
 
 def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-  """An array's sharding for what is stored for it: along the axes that it divides evenly.
+  """Adapts an array's sharding to the storage of that array: keeps the axes that divide evenly.
 
   Args:
-    sharding: of an array.
-    shape: of another of the same rank, or of any other rank (which is replicated).
+    sharding: the sharding of the array.
+    shape: the shape of its storage; a storage of another rank is replicated.
 
   Returns:
-    The sharding of the other.
+    The sharding of the storage.
   """
   spec = sharding.spec if len(sharding.spec) == len(shape) else [None] * len(shape)
   parts = [_parts(sharding, axes) for axes in spec]
@@ -51,33 +51,33 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _parts(sharding: NamedSharding, axes) -> int:
-  """Into how many parts an axis of an array is cut."""
+  """The number of parts that a spec's entry cuts an axis into."""
   names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
   return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def like(x: jax.Array, parameter: jax.Array) -> jax.Array:
-  """Gives x the sharding of a parameter of its shape, also where only XLA knows that."""
+  """Gives x the sharding of a parameter of its shape, even if only XLA knows that sharding."""
   sharding = explicit(parameter)
   if sharding is not None:
     return jax.sharding.reshard(x, sharding)
   if not any(isinstance(a, jax.core.Tracer) for a in (x, parameter)):
     wanted = getattr(parameter, "sharding", None) or x.sharding  # parameters may be structs
     return x if x.sharding.is_equivalent_to(wanted, x.ndim) else jax.device_put(x, wanted)
-  # Shardings are propagated before this is simplified to x.
+  # XLA propagates shardings before it simplifies this to x.
   return jnp.where(parameter == parameter, x, x)
 
 
 def automatic(f: Callable, x: jax.Array, *args):
-  """Calls f(*args), left to XLA's partitioner where x's type carries a sharding.
+  """Calls f on args; XLA's partitioner shards it if the type of x carries a sharding.
 
   Args:
     f: a function that closes over no tracers.
-    x: the array that says how; results of its rank are sharded like it.
+    x: the array whose sharding the results take, if they have its rank.
     *args: pytrees of arrays.
 
   Returns:
-    What f returns.
+    The results of f.
   """
   sharding = explicit(x)
   if sharding is None:
@@ -89,30 +89,30 @@ def automatic(f: Callable, x: jax.Array, *args):
 
 
 def automatic_in_place(f: Callable, mesh, old, *args):
-  """Calls f(*args), left to XLA's partitioner; results are sharded like the arrays of old."""
+  """Calls f on args through XLA's partitioner; the results take the shardings of old."""
   out = jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), old)
   return jax.sharding.auto_axes(f, out_sharding=out)(*args)
 
 
 def mesh_of(arrays: Sequence[jax.Array]):
-  """The mesh along whose Explicit axes some of the arrays are sharded; or None."""
+  """The mesh whose Explicit axes shard some of the arrays; None if there is none."""
   found = [sharding.mesh for sharding in map(explicit, arrays) if sharding is not None]
   return found[0] if found else None
 
 
 def spec_of(x) -> PartitionSpec:
-  """The spec in an array's type, with an entry for each axis."""
+  """The partition spec in an array's type, with an entry for each axis."""
   sharding = explicit(x)
   return PartitionSpec(*[None] * jnp.ndim(x)) if sharding is None else sharding.spec
 
 
 class Shards:
-  """How leaves are stepped shard by shard, on a mesh of Explicit axes.
+  """A step of leaves shard by shard, on a mesh with Explicit axes.
 
   Attributes:
-    shapes: of the shards of the gradients.
-    stacks: of the shards of the weights.
-    fit_words: whether the places in each whole array fit 32 bits.
+    shapes: the shapes of the gradients' shards.
+    stacks: the shapes of the weights' shards.
+    fit_words: whether the places in each whole array fit in 32 bits.
   """
 
   def __init__(self, leaves: Sequence[Any], shardings: list[NamedSharding], has_index: bool):
@@ -129,12 +129,13 @@ class Shards:
 
   @staticmethod
   def of(leaves: Sequence[Any], mesh, has_index: bool) -> "Shards | None":
-    """None where a block is cut by a shard's edge, or a stack along its first axis.
+    """The step of these leaves; None if a shard's edge cuts a block, or a stack's first axis.
 
     Args:
-      leaves: `programs.leaf.Leaf`s.
-      mesh: of the leaves (`mesh_of`).
-      has_index: whether they are stacks of which one array is stepped.
+      leaves: ``programs.leaf.Leaf``s.
+      mesh: the leaves' mesh (``mesh_of``).
+      has_index: whether the leaves are stacks; the program then steps one array
+        of each.
     """
     shardings = [NamedSharding(mesh, spec_of(leaf.low)) for leaf in leaves]
     for leaf, sharding in zip(leaves, shardings, strict=True):
@@ -144,9 +145,9 @@ class Shards:
     return Shards(leaves, shardings, has_index)
 
   def each(self, program: Callable) -> Callable:
-    """A program of whole arrays that runs the given one on each shard.
+    """A program on whole arrays that runs the given one on each shard.
 
-    What is sharded otherwise than its weight is moved first.
+    It first moves every array that is sharded unlike its weight.
     """
     mesh = self._shardings[0].mesh
 
@@ -171,14 +172,14 @@ def _shard_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[int, 
 
 
 def _keeps_blocks(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
-  """Whether no block or pack of values is cut by a shard's edge (and the mesh is all Explicit)."""
+  """Whether all axes of the mesh are Explicit and no shard's edge cuts a block or packed group."""
   is_explicit = all(kind == AxisType.Explicit for kind in sharding.mesh.axis_types)
   is_cut = bool(shape) and sharding.spec[-1] is not None
   return is_explicit and not (is_cut and _shard_shape(sharding, shape)[-1] % BLOCK)
 
 
 def _window(sharding: NamedSharding, shape: tuple[int, ...]) -> Window:
-  """Which part of an array a shard is, inside `Shards.each`."""
+  """The window of the current shard in its array, inside ``Shards.each``."""
   part = _shard_shape(sharding, shape)
   start = [
     0 if n == whole else jax.lax.axis_index(axes) * n

@@ -1,1 +1,1 @@
-"""A leaf's step, as programs of XLA, of XLA for a CPU and of Mosaic GPU kernels."""
+"""The step of a leaf as three programs: XLA, XLA for one CPU, and Mosaic GPU kernels."""

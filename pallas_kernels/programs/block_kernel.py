@@ -1,8 +1,9 @@
-"""Launching Mosaic GPU kernels on blocks of 32 neighbours, which have a scale each.
+"""Launching Mosaic GPU kernels on blocks of 32 neighbours, each with a scale.
 
-Arrays are walked as [blocks, 32], 32 blocks (one warpgroup) a program; the rest
-of an array is cut into tiles of 8 blocks. The last two of them may overlap. Several
-arrays can share a launch. Everything is in place, as in `elementwise`.
+A kernel treats arrays as [blocks, 32], 32 blocks (one warpgroup) a program. The
+remainder of an array is cut into tiles of 8 blocks, the last two of which may
+overlap. Several arrays can share a launch. Updates are in place, as in
+``elementwise``.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +22,10 @@ from pallas_kernels.programs.tiles import HAS_STORE, TILE_ROWS, BlockLeaf
 
 
 def _block_layout(rows: int):
-  """A tile of whole blocks over 128 threads: a maximum over a block stays within a warp.
+  """The layout of a tile of whole blocks over 128 threads; a block stays within one warp.
 
-  Of 32 rows a lane has 8 neighbouring elements (16-byte accesses at 16 bits each).
+  With 32 rows, a lane holds 8 neighbouring elements: 16-byte accesses at 16 bits
+  each.
   """
   tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
   return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -37,19 +39,19 @@ def blockwise(
   index: jax.Array | None = None,
   parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]] | None] | None = None,
 ):
-  """Runs `tile` over the blocks of some arrays, as one kernel, in place.
+  """Runs ``tile`` over the blocks of some arrays, as one kernel, in place.
 
   Args:
-    tile: `(bits, valid, across, scalars, read, values, scales) -> (values,
-      scales)`, on arrays [rows, 32] for some blocks, and [rows] for their
-      scales; bits(lane) are the stream's (`element_bits`), valid says which
-      elements are there, None if all are, across broadcasts [rows] to [rows, 32].
+    tile: ``(bits, valid, across, scalars, read, values, scales) -> (values,
+      scales)``, on arrays [rows, 32], and [rows] for scales. bits(lane) are the
+      stream's ``element_bits``. valid is a mask of the elements that exist, or
+      None if all do. across broadcasts [rows] to [rows, 32].
     leaves: the arrays.
-    scalars: what tile's scalars are (float32, or exact in it: bools, integers).
-    when: a bool: where it is False nothing is written; or None.
-    index: an integer: which arrays of stacks are meant; or None.
-    parts: for each array that has a start, its shape and the whole's, in blocks
-      along the last axis.
+    scalars: the scalars for tile: float32, or exact in it (bools, integers).
+    when: a bool; if False, nothing is written. None means True.
+    index: an integer, the place of the arrays to step in their stacks; or None.
+    parts: for each array with a start, its shape and that of its whole, in
+      blocks along the last axis.
   """
   parts = parts or [None] * len(leaves)
   numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
@@ -101,14 +103,14 @@ def blockwise(
 
 
 def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], when):
-  """`blockwise` of an array whose rows end in a short block, but for what its tiles leave.
+  """``blockwise`` of an array whose rows end in a short block; covers its whole tiles only.
 
   Args:
-    tile: as `blockwise` takes it.
-    leaf: arrays [rows, n] and scales [rows, blocks a row], of which the last
-      rows % 32 and the last n % 32 columns stay.
-    scalars: as `blockwise` takes them.
-    when: likewise.
+    tile: as in ``blockwise``.
+    leaf: arrays [rows, n] and scales [rows, blocks a row]. The last rows % 32
+      rows and the last n % 32 columns stay as they are.
+    scalars: as in ``blockwise``.
+    when: as in ``blockwise``.
   """
   rows, n = leaf.read.shape
   columns = n // BLOCK
@@ -158,28 +160,29 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
 
 
 def _compiler_params(overlaps: bool = False) -> plgpu.CompilerParams:
-  """How a kernel is compiled; overlaps says whether tiles of it do."""
+  """The compiler parameters of a kernel; overlaps says whether its tiles may overlap."""
   return plgpu.CompilerParams(
-    # Every layout is given here: inferring them takes two thirds of the time to lower a kernel.
+    # The code gives every layout: inferring them takes two thirds of the time to lower a kernel.
     lowering_semantics=plgpu.LoweringSemantics.Lane,
-    # Every thread writes what it alone has read (a warp, of the scales), unless tiles overlap.
+    # Unless tiles overlap, a thread writes only values that no other thread reads, and a warp only
+    # scales that no other warp reads.
     unsafe_no_auto_barriers=not overlaps,
   )
 
 
 def _across(layout, rows: int):
-  """Broadcasts [rows] to [rows, 32]."""
+  """A function that broadcasts [rows] to [rows, 32] in a layout."""
   return lambda x: plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,)), layout)
 
 
 def _row_layout():
-  """A tile of 32 blocks, each over the lanes of a warp: rows need no alignment."""
+  """The layout of a tile of 32 blocks, each over the lanes of a warp: rows need no alignment."""
   tiling = plgpu.Tiling(((TILE_ROWS, BLOCK), (TILE_ROWS // 4, BLOCK), (1,)))
   return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-2,), vector_dim=-1)
 
 
 def _in_whole(start_ref, part):
-  """A tile's first block and its rows -> where they are in the whole; the first if they are it."""
+  """A function (first block, row) -> the block's place in the whole; just first for a whole."""
   if part is None:
     return lambda first, row: first
   shape, whole = part
@@ -190,21 +193,21 @@ def _in_whole(start_ref, part):
 
 
 def _as(number, dtype):
-  """A scalar that was passed as float32."""
+  """Restores the dtype of a scalar that was passed as float32."""
   return number != 0 if dtype == jnp.bool_ else number.astype(dtype)
 
 
 def _run_tiles(
   tile, rows: int, leaves: list[BlockLeaf], wholes, which, starts, index, scalars, shared_refs
 ):
-  """A program's tiles, in a kernel: of the only array, or of number `which`."""
+  """Steps the tiles of one program in a kernel: those of the only array, or of number which."""
   layout = _block_layout(rows)
   row, column = (
     plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
   )
 
   def first(leaf: BlockLeaf, start):
-    """The tile's first block, in the array and in the stack."""
+    """The place of the tile's first block in the array, and in the stack."""
     return start, start if index is None else index * leaf.read.shape[0] + start
 
   def load(leaf: BlockLeaf, in_whole, start):
@@ -231,7 +234,7 @@ def _run_tiles(
     for ref, value in zip(leaf.refs, values, strict=True):
       if rows == TILE_ROWS:
         ref[blocks] = value
-      else:  # too narrow for stores that count as optimized
+      else:  # Mosaic GPU cannot optimize a store of so narrow a tile
         plgpu.store(ref.at[blocks], value, optimized=False)
     if HAS_STORE:
       for ref, scale in zip(leaf.scale_refs, scales, strict=True):
@@ -266,7 +269,7 @@ def _run_tiles(
     bits = lambda lane: element_bits(words, place, lane=lane)
     return tile(bits, valid, across, scalars, read, values, scales)
 
-  # All is read before anything is written: tiles may overlap.
+  # Reads everything before it writes anything, because tiles may overlap.
   loaded = [choose(load, start) for start in starts]
   for start, new in zip(starts, list(map(run, loaded)), strict=True):
     choose(store, start, *new)

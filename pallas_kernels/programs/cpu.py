@@ -1,11 +1,11 @@
-"""The step of leaves on one CPU: chunk after chunk, each small enough to stay in the cache.
+"""The step of leaves on one CPU: chunk by chunk, each small enough to stay in the cache.
 
-XLA:CPU computes every result in a loop of its own and either repeats what they
-share or writes it to memory. Here what they share is computed once a chunk,
-behind an optimization barrier, which XLA:CPU keeps (XLA:GPU does not). What a
-chunk computes from the state passes a last barrier together, before any of it
-is written: XLA copies the whole state if anything reads it after the first write.
-`python -m benchmarks.step cpu` measures it.
+XLA:CPU computes every result in a loop of its own. It either recomputes values
+that several results share or writes them to memory. Here an optimization barrier,
+which XLA:CPU keeps (XLA:GPU does not), computes shared values once a chunk. The
+results of a chunk pass one last barrier together before any of them is written,
+because XLA copies the whole state if anything reads it after the first in-place
+write. ``python -m benchmarks.step cpu`` measures the step.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ from pallas_kernels.programs.leaf import Leaf, bound
 
 _U32 = jnp.uint32
 _keep = jax.lax.optimization_barrier
-CHUNK = 6_250  # blocks, 200,000 values; half and twice as many are alike
-# A leaf of fewer blocks is joined with others: half a second to compile for one whose step
-# takes a millisecond.
+CHUNK = 6_250  # blocks, 200,000 values; half or twice as many are as fast
+# A leaf with fewer blocks is joined with others: alone, it would take half a second to compile for
+# a step of a millisecond.
 JOINED = 1 << 13
 
 
 def takes(leaf, fmt) -> bool:
-  """Whether `step` takes a leaf."""
+  """Whether ``step`` takes a leaf."""
   return joined.takes(leaf.gradient, leaf.low, fmt)
 
 
 def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index=None, windows=None):
-  """`fused_update_leaves`' arguments and results."""
+  """The step on one CPU, with the arguments and results of ``fused_update_leaves``."""
   rule = bound(rules, scalars, keep=_keep)
   windows = windows or [None] * len(leaves)
   small = [i for i, x in enumerate(leaves) if joined.blocks_in(x.gradient.shape) < JOINED]
@@ -53,11 +53,11 @@ def _step_joined(rule, formats, lands, when, leaf, draws):
   new = _chunk(
     rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, draws.valid, when
   )
-  return _keep(new)  # or codes are computed in as many kernels as leaves are cut off
+  return _keep(new)  # otherwise every leaf that is cut off is a kernel that computes codes
 
 
 def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
-  """How many rows the chunks of a leaf have: of one size, if a good one divides it."""
+  """The rows in a leaf's chunks: one size if a good one divides the leaf, else a remainder, too."""
   best = max(1, CHUNK // blocks_a_row)
   if rows == 1 or rows * blocks_a_row < min(JOINED, 2 * CHUNK):  # no loop
     return [rows]
@@ -73,18 +73,18 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   gradient, low, delta, statistics, stream, own = leaf
   shape = gradient.shape
   rows, n = joined.rows_of(shape)
-  if n % BLOCK == 0:  # a row is a block, and any number of them a chunk
+  if n % BLOCK == 0:  # makes every block a row, so a chunk can be any number of blocks
     rows, n = rows * n // BLOCK, BLOCK
   in_row = -(-n // BLOCK)
   is_packed = delta is not None and delta.dtype == jnp.uint8
 
   def by_row(x):
-    count = low.size // n  # of a stack
+    count = low.size // n  # rows in the whole stack
     return x.reshape(count, x.size // count)
 
   state = low, delta, statistics
   flat, gradient = jax.tree.map(by_row, state), gradient.reshape(rows, n)
-  # New weights that are to land take the gradients' place; the old ones stay.
+  # With `lands`, the new weights take the gradients' memory, and the old weights stay.
   landed = None
   if lands:
     landed = gradient if gradient.dtype == low.dtype else jnp.zeros((rows, n), low.dtype)
@@ -96,7 +96,7 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
     flat, landed = carry
     values = gradient if landed is None or landed.dtype != gradient.dtype else landed
     cut = lambda x, start=first + start: jax.lax.dynamic_slice_in_dim(x, start, count)
-    # As a sum with the row, or XLA takes it out of the loop and keeps it in memory.
+    # The sum includes the row; otherwise XLA hoists it out of the loop and keeps it in memory.
     places = jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 0)
     places = (places + jnp.asarray(first + start).astype(_U32)) * _U32(n)
     places += jax.lax.broadcasted_iota(_U32, (count, in_row, BLOCK), 1) * _U32(BLOCK)
@@ -154,20 +154,20 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
 
 
 def _filled_up(x):
-  """Rows -> [blocks, 32]: a short end is filled up once, as it is costly to find."""
+  """Rows -> [blocks, 32]; pads a short end once, because finding it is costly."""
   rows, n = x.shape
   if n % BLOCK:
-    # Not a pad, which XLA:CPU computes value by value, nor what XLA takes for one.
+    # XLA:CPU computes a pad value by value. The barriers keep it from turning this into one.
     zeros = _keep(jnp.zeros((rows, -(-n // BLOCK) * BLOCK), x.dtype))
     x = _keep(jax.lax.dynamic_update_slice(zeros, x, (0, 0)))
   return x.reshape(-1, BLOCK)
 
 
 def _in_threads(i):
-  """A loop's counter, which keeps XLA:CPU from compiling the loop for one thread.
+  """The counter of a loop, computed so that XLA:CPU runs the loop on several threads.
 
-  It compiles a loop as one function, which one thread runs, unless the loop holds an instruction
-  that is none there, like a sort:
+  XLA:CPU compiles a loop into one function for one thread, unless the loop contains an
+  instruction that this function cannot hold, like a sort:
   https://github.com/openxla/xla/blob/main/xla/service/cpu/small_while_loop_hoisting_pass.cc
   """
   return jax.lax.sort(jnp.stack([i, i + 1]))[0]
@@ -176,7 +176,7 @@ def _in_threads(i):
 def _chunk(
   rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, valid, when
 ):  # fmt: skip
-  """The step of [blocks, 32] values; scales are [blocks, 1]."""
+  """Steps [blocks, 32] values; scales are [blocks, 1]."""
   fmt, statistic_formats = formats
   shape = gradient.shape
   word, own_word = _keep(bits(0)), None if own_bits is bits else _keep(own_bits(0))
@@ -191,7 +191,7 @@ def _chunk(
     weight = _weight(fmt, lands, low, wide, delta, update, word)
   scales = []
   for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True)):
-    if valid is not None:  # what fills a row up counts in no block's largest value
+    if valid is not None:  # padding must not enter a block's scale
       x = jnp.where(valid, x, 0)
     values[i] = _keep(jnp.sqrt(x) if f.has_scale and f.is_square else x)
     if f.has_scale:
@@ -199,7 +199,7 @@ def _chunk(
       scales.append(arithmetic.low_of(code, jnp.bfloat16))
     else:
       scales.append(None)
-  # All that is read of the state is read by now; codes are computed as they are written.
+  # Every read of the state happens before this barrier. Codes are computed as they are written.
   weight, values, scales, own_word = _keep((weight, values, scales, own_word))
   new_statistics = []
   for i, (x, scale, f) in enumerate(zip(values, scales, statistic_formats, strict=True)):
@@ -216,15 +216,15 @@ def _chunk(
 
 
 def _largest(x):
-  """The bit pattern of each block's largest magnitude, on which no maximum drops a NaN."""
-  # In two steps: the first works on whole vectors.
+  """The bit pattern of each block's largest magnitude; a maximum of patterns drops no NaN."""
+  # Two steps: the first works on whole vectors.
   pattern = state_formats.magnitude_bits(x).astype(jnp.int32)
   pattern = _keep(jnp.max(pattern.reshape(-1, 4, BLOCK // 4), axis=1))
   return jnp.max(pattern, axis=-1).astype(_U32)
 
 
 def _weight(fmt, lands, low, wide, delta, update, word):
-  """The new weight and residual: as one word, which one loop computes, where they fit one."""
+  """The new weight and residual; if they fit, as one 32-bit word, which one loop computes."""
   if fmt.is_full_precision:
     return low + update, None
   new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, word, lands)
@@ -234,7 +234,7 @@ def _weight(fmt, lands, low, wide, delta, update, word):
 
 
 def _stored(weight, fmt, delta):
-  """What `_weight` returned, as weight and residual."""
+  """Splits the result of ``_weight`` into weight and residual."""
   if len(weight) == 2:
     return weight
   (word,) = weight

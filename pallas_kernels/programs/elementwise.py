@@ -1,11 +1,11 @@
 """Launching, tiling and aliasing of elementwise Mosaic GPU kernels, in one place.
 
-A kernel here is a function on arrays that is called on one tile in registers:
-`tile(bits, *reads, *in_place) -> (*in_place, *outputs)`. Arrays of any shape
-are walked as one dimension, 1,024 elements (one warpgroup) a program. What is
-updated in place is a `jax.Ref`, so that XLA aliases it to the donated buffer
-and needs no temporary; the ragged end is computed by XLA, on the refs and
-after the kernel (slicing it off before would copy everything).
+The body of a kernel is a function of one tile in registers:
+``tile(bits, *reads, *in_place) -> (*in_place, *outputs)``. A kernel treats arrays
+of any shape as one dimension, 1,024 elements (one warpgroup) a program. An array
+that is updated in place is a ``jax.Ref``, so XLA aliases it to the donated buffer
+and needs no temporary. XLA computes the ragged end on the refs, after the kernel;
+slicing it off before the kernel would copy everything.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,20 +27,20 @@ def elementwise(
   in_place: Sequence[jax.Array] = (),
   outputs: Sequence[jax.typing.DTypeLike] = (),
 ) -> list[jax.Array]:
-  """Runs `tile` over arrays of one shape, as a kernel.
+  """Runs ``tile`` over arrays of one shape, as a kernel.
 
   Args:
-    tile: `(bits, *reads, *in_place) -> (*in_place, *outputs)`, elementwise;
-      bits are the stream's (`element_bits`) at the elements' places.
-    key: uint32 [2], the stream's words, or None (then bits are None).
+    tile: ``(bits, *reads, *in_place) -> (*in_place, *outputs)``, elementwise;
+      bits are the stream's ``element_bits`` at the elements' places.
+    key: uint32 [2], the words of the stream; None if tile takes no bits.
     reads: arrays that are only read.
-    in_place: arrays that are replaced, in place where their buffers are donated.
-    outputs: dtypes of the fresh results.
+    in_place: arrays that are replaced, in place if their buffers are donated.
+    outputs: the dtypes of the fresh results.
 
   Returns:
-    The arrays of in_place, replaced, and the outputs, all in the common shape.
+    The new arrays of in_place, then the outputs, all in the common shape.
   """
-  # Here, since importing them takes 0.2 s, which a program without kernels does not need.
+  # Imported here: it takes 0.2 s, which a program without kernels should not pay.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -51,7 +51,7 @@ def elementwise(
   refs = [jax.new_ref(x.reshape(n)) for x in in_place]
   refs += [jax.new_ref(jax.lax.empty((n,), dtype)) for dtype in outputs]
   keys = [] if key is None else [key]
-  # 16-byte accesses at 16 bits each; a store wider than 16 bytes does not compile.
+  # A thread accesses 16 bytes at once if values have 16 bits. A wider store does not compile.
   vector = 4 if any(ref.dtype.itemsize == 4 for ref in refs) else 8
   tiling = plgpu.Tiling(((128 * vector,), (32 * vector,), (vector,)))  # over 128 threads
   layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)

@@ -1,8 +1,8 @@
-"""joined: many leaves as one array of blocks, which one program steps, and which is cut again.
+"""joined: concatenates many leaves into one array of blocks, steps it, and cuts it up again.
 
-A program costs seconds to compile, however small its leaf is. So small leaves of one kind are
-copied behind each other, each row filled up to whole blocks of 32. An element keeps its random
-bits: a block knows its leaf's stream and its place there.
+A program takes seconds to compile, however small its leaf. So small leaves of one kind are
+copied behind each other, with each row padded to whole blocks of 32. An element keeps its random
+bits, because a block carries the words of its leaf's stream and its place in the leaf.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
 from pallas_kernels.formats.state_formats import BLOCK, Blocks
 
 _U32 = jnp.uint32
-MOST = 1 << 17  # blocks that are joined on a GPU: 80 MB
+MOST = 1 << 17  # blocks in one pool on a GPU: 80 MB
 
 
 class Draws(NamedTuple):
-  """Where blocks get their random bits, and which of their values are there.
+  """The random bits of joined blocks, and the number of values in each.
 
   Attributes:
     words: two uint32 [blocks, 1], the words of each block's stream.
-    own_words: likewise of the statistics' streams, where they have their own.
+    own_words: the same for the statistics' streams, if they have their own; else None.
     first: uint32 [blocks, 1], the place of each block's first element.
-    length: int32 [blocks], how many values a block has; None where every block is full.
+    length: int32 [blocks], the number of values in each block; None if every block is full.
   """
 
   words: tuple[jax.Array, jax.Array]
@@ -39,18 +39,18 @@ class Draws(NamedTuple):
 
   @property
   def valid(self):
-    """Which values are there, bool [blocks, 32]; None for all."""
+    """A mask of the values that exist, bool [blocks, 32]; None if all do."""
     if self.length is None:
       return None
     column = jax.lax.broadcasted_iota(jnp.int32, (len(self.length), BLOCK), 1)
     return column < self.length[:, None]
 
   def bits(self, lane: int) -> jax.Array:
-    """The stream's bits of every element, uint32 [blocks, 32]."""
+    """The random bits of every element, uint32 [blocks, 32]."""
     return element_bits(self.words, self._places(), lane=lane)
 
   def own_bits(self, lane: int) -> jax.Array:
-    """The bits of the statistics."""
+    """The random bits of the statistics, uint32 [blocks, 32]."""
     return element_bits(self.own_words or self.words, self._places(), lane=lane)
 
   def _places(self):
@@ -59,25 +59,25 @@ class Draws(NamedTuple):
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
-  """(rows, values a row) of an array; a scalar is a row of one."""
+  """(rows, values a row) of an array; a scalar is one row of one value."""
   return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def blocks_in(shape: tuple[int, ...]) -> int:
-  """How many blocks an array has, short ones included."""
+  """The number of blocks in an array, short ones included."""
   rows, n = rows_of(shape)
   return rows * -(-n // BLOCK)
 
 
 def takes(x, low, fmt) -> bool:
-  """Whether x, of the weights low, can be joined: residuals by block, places that fit 32 bits."""
+  """Whether a leaf x of weights low can be joined: residuals by block, places within 32 bits."""
   shape, whole = x.shape, low.shape
   is_in_blocks = fmt.residual_bits in (0, 8, 16) or (bool(shape) and shape[-1] >= BLOCK)
   return is_in_blocks and 0 < math.prod(whole) < 1 << 32
 
 
 def _pools(sizes: Sequence[int], most: int) -> list[list[int]]:
-  """Cuts a list of leaves of these numbers of blocks into runs of at most `most` blocks."""
+  """Groups leaves with these numbers of blocks into runs of at most ``most`` blocks."""
   result: list[list[int]] = [[]]
   total = 0
   for i, size in enumerate(sizes):
@@ -90,14 +90,14 @@ def _pools(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 
 def fill(x: jax.Array, n: int) -> jax.Array:
-  """[..., n] -> [blocks, 32], each row filled up with zeros."""
+  """[..., n] -> [blocks, 32]; pads each row with zeros."""
   x = x.reshape(-1, n) if x.size else x.reshape(0, n)
   x = jnp.pad(x, ((0, 0), (0, -n % BLOCK))) if n % BLOCK else x
   return x.reshape(-1, BLOCK)
 
 
 def cut_off(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """The inverse of `fill`."""
+  """The inverse of ``fill``."""
   rows, n = rows_of(shape)
   if n % BLOCK:
     blocks = blocks.reshape(rows, -(-n // BLOCK) * BLOCK)[:, :n]
@@ -105,31 +105,31 @@ def cut_off(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Joint:
-  """Arrays of some shapes behind each other, in blocks.
+  """Arrays of given shapes behind each other, in blocks.
 
   Attributes:
-    count: how many blocks there are.
-    counts: how many of them each array has.
-    spare: how many there are beyond.
+    count: the number of blocks.
+    counts: the number of blocks of each array.
+    spare: the number of blocks that belong to no array.
   """
 
   def __init__(self, shapes: Sequence[tuple[int, ...]], whole_tiles: int = 1, on_gpu: bool = False):
-    """Blocks of zeros fill up the last of whole_tiles blocks.
+    """Pads the number of blocks to a multiple of whole_tiles, with blocks of zeros.
 
-    on_gpu says how arrays are cut off again, so that it is quick to compile: for XLA:GPU
-    as static slices of one dimension, for XLA:CPU as dynamic ones, which are one kernel
-    where their shapes are equal.
+    on_gpu selects the slices that cut the arrays apart again, so that they compile quickly:
+    static slices of one dimension for XLA:GPU, dynamic slices for XLA:CPU, which compiles
+    those of equal shape into one kernel.
     """
     self._shapes = list(shapes)
     self.counts = [blocks_in(shape) for shape in shapes]
     self.spare = -sum(self.counts) % whole_tiles
     self.count = sum(self.counts) + self.spare
     starts = list(itertools.accumulate(self.counts, initial=0))[:-1]
-    # Behind a barrier, or each slice is a kernel of its own.
+    # Without the barrier, each slice is a kernel of its own.
     self._starts = None if on_gpu else jax.lax.optimization_barrier(list(map(jnp.int32, starts)))
 
   def lengths(self) -> np.ndarray:
-    """How many values each array's blocks have, int32."""
+    """The number of values in each block, without the spare ones, int32."""
     pairs = map(rows_of, self._shapes)
     of = [np.tile(np.minimum(n - np.arange(0, n, BLOCK), BLOCK), rows) for rows, n in pairs]
     return np.concatenate(of).astype(np.int32)
@@ -140,7 +140,7 @@ class Joint:
     return self._behind_each_other([fill(x, rows_of(shape)[1]) for x, shape in pairs])
 
   def by_block(self, xs) -> jax.Array:
-    """Arrays with k values for each block, in order -> [blocks, k]."""
+    """Arrays with k values a block, in order -> [blocks, k]."""
     pairs = zip(xs, self.counts, strict=True)
     return self._behind_each_other([x.reshape(count, -1) for x, count in pairs])
 
@@ -150,7 +150,7 @@ class Joint:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
   def cut(self, x: jax.Array, like: Sequence[Any]) -> list[jax.Array]:
-    """[blocks, k] -> the parts, in the shapes of like."""
+    """[blocks, k] -> the arrays, in the shapes of like."""
     if self._starts is None:
       return self._cut_flat(x, like)
     take = functools.partial(jax.lax.dynamic_slice_in_dim, x)
@@ -180,7 +180,7 @@ class Joint:
     length = jnp.asarray(np.pad(self.lengths(), (0, self.spare)))
     size = sum(map(math.prod, self._shapes))
     column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    # What is left out gets places beyond the end, one each.
+    # Padding gets unique places beyond the end, which the scatter drops.
     beyond = jax.lax.iota(jnp.int32, len(x) * BLOCK).reshape(x.shape) + size
     place = jnp.where(column < length[:, None], first[:, None] + column, beyond)
     empty = jnp.zeros((size,), x.dtype)
@@ -191,9 +191,9 @@ def step_small(
   small: Sequence[int], program: Callable, alone: Callable, leaves: Sequence[Any], index, windows,
   most: int, *, on_gpu: bool,
 ):  # fmt: skip
-  """The results of leaves: of those numbered in small, if several, joined (`step_in_pools`).
+  """Steps the leaves numbered in small joined, if there are several, and the others alone.
 
-  Of each other one, alone(leaf, window).
+  ``step_in_pools`` joins them; alone(leaf, window) steps one leaf.
   """
   small = small if len(small) > 1 else []
   of = lambda xs: [xs[i] for i in small]
@@ -208,9 +208,9 @@ def step_in_pools(
   program: Callable, leaves: Sequence[Any], index, windows, most: int, *, on_gpu: bool,
   tile: int | None = None,
 ):  # fmt: skip
-  """`step` of as many leaves at a time as have at most `most` blocks.
+  """Calls ``step`` on pools of leaves with at most ``most`` blocks each.
 
-  With a tile's number of blocks, each pool has as many whole tiles, so that they share a kernel.
+  With tile, the blocks in a tile, all pools get the same number of whole tiles and share a kernel.
   """
   counts = [blocks_in(leaf.gradient.shape) for leaf in leaves]
   pools, whole_tiles = _pools(counts, most), 1
@@ -228,10 +228,10 @@ def step_in_pools(
 
 
 def _after(low: jax.Array, tree):
-  """Arrays as they are, but to XLA they depend on the new weights of others.
+  """Returns arrays unchanged, but makes them depend on another pool's new weights.
 
-  XLA:CPU would join all pools before it steps the first, and keep what all of them
-  need. Barriers are gone by the time that it orders its operations.
+  Otherwise XLA:CPU joins all pools before it steps the first, and holds the inputs of
+  all of them. It has removed barriers by the time that it schedules operations.
   """
   word = {2: jnp.uint16, 4: _U32}[low.dtype.itemsize]
   bits = jax.lax.bitcast_convert_type(low.reshape(-1)[0], word).astype(_U32)
@@ -253,15 +253,15 @@ def step(
   """Steps leaves as one.
 
   Args:
-    program: (leaf, draws) -> (low, delta, statistics), of a leaf [blocks, 32].
-    leaves: `leaf.Leaf`s that `takes` is true of, with the same formats.
+    program: (leaf, draws) -> (low, delta, statistics), for a leaf [blocks, 32].
+    leaves: ``leaf.Leaf``s with the same formats, all accepted by ``takes``.
     index: the place of each leaf in a stack, or None.
-    windows: the part of a whole that each leaf is, or None.
-    on_gpu: as `Joint` takes it.
-    whole_tiles: the number of blocks is filled up to a multiple of this.
-    places: of each leaf, the place of each block's first element, if it is not its
-      place in the leaf.
-    after: weights that are to be stepped before, or None.
+    windows: the position of each leaf in a whole, or None.
+    on_gpu: as in ``Joint``.
+    whole_tiles: the number of blocks is padded to a multiple of it.
+    places: for each leaf, the places of its blocks' first elements; None if they are
+      the places in the leaf.
+    after: new weights of the pool to step first, or None.
 
   Returns:
     (low, delta, statistics) of each leaf.
@@ -283,7 +283,7 @@ def step(
 
   lows, deltas, statistics = zip(*stored, strict=True)
   residuals = None
-  if deltas[0] is not None:  # packed, it has as many bytes for each block, however short
+  if deltas[0] is not None:  # packed residuals have equally many bytes for every block
     join = joint.by_block if deltas[0].dtype == jnp.uint8 else joint.values
     residuals = join(deltas)
   leaf = type(leaves[0])(
@@ -318,7 +318,7 @@ def firsts(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _first_in_whole(leaf, index, window: Window | None):
-  """Likewise, in the whole that a leaf is a part of."""
+  """The place of each block's first element in the whole that contains a leaf."""
   shape = leaf.gradient.shape
   first = firsts(shape)
   if index is not None:
@@ -329,17 +329,17 @@ def _first_in_whole(leaf, index, window: Window | None):
 
 
 def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws:
-  """The blocks' streams and places.
+  """The streams and places of joined blocks.
 
   Args:
-    joint: the arrays.
-    shapes: theirs.
+    joint: the joined arrays.
+    shapes: their shapes.
     streams: the two words of each array's stream.
-    own_streams: likewise of their statistics, or None.
-    places: as `step` takes them.
+    own_streams: the two words of each array's statistics' stream, or None.
+    places: as in ``step``.
 
   Returns:
-    The `Draws`.
+    The ``Draws`` of the blocks.
   """
   which = np.repeat(np.arange(len(shapes)), joint.counts)
   which = np.concatenate([which, np.zeros(joint.spare, which.dtype)])

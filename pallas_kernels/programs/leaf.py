@@ -1,4 +1,4 @@
-"""leaf: what a step is given, and the rule that every program calls on it."""
+"""leaf: the operands of a step, and the rule that every program calls on them."""
 
 from collections.abc import Callable
 import math
@@ -12,15 +12,16 @@ Rule = Callable[[jax.Array, jax.Array, list[jax.Array]], tuple[jax.Array, list[j
 
 
 class Leaf(NamedTuple):
-  """A weight and what belongs to it; see `fused_update`'s arguments.
+  """A weight with its gradient and state; see :func:`pallas_kernels.fused_update`.
 
   Attributes:
-    gradient: any real float dtype, [...].
+    gradient: [...], any real float dtype.
     low: the weight.
     delta: its residual, or None.
-    statistics: as they are stored.
-    stream: uint32 [2], the words of its random stream (`stream_keys`).
-    statistics_stream: likewise of its statistics, where they have their own.
+    statistics: its stored statistics.
+    stream: uint32 [2], the words of its random stream (``stream_keys``).
+    statistics_stream: the words of the statistics' stream, if they have their
+      own; else None.
   """
 
   gradient: jax.Array
@@ -32,7 +33,7 @@ class Leaf(NamedTuple):
 
 
 def is_small(shape: tuple[int, ...]) -> bool:
-  """Whether a leaf is better stepped with others.
+  """Whether it is faster to step a leaf together with others.
 
   A launch takes an H100 about as long as 8 MB of memory traffic; a step moves
   12 bytes a value.
@@ -41,10 +42,10 @@ def is_small(shape: tuple[int, ...]) -> bool:
 
 
 def bound(rules, scalars, contracts: bool = False, products=None, keep=None) -> Rule:
-  """The rule again, on arrays of some shapes; the last three arguments are those of `hoist`'s rest.
+  """Binds scalars to hoisted rules; the last three arguments go to the hoisted rule.
 
-  Its bits, and those of the weight that the update is added to, are the same in
-  whatever program, or in whatever kernel, unless it contracts.
+  Unless contracts is True, the rule's results and the weights that its update
+  moves have the same bits in every XLA program, and the same bits in every kernel.
   """
 
   def rule(gradient, *others):

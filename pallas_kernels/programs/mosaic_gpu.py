@@ -1,7 +1,7 @@
 """mosaic_gpu: the step of leaves as Mosaic GPU kernels, in one pass over memory, in place.
 
-A kernel holds a tile of blocks in registers, where XLA needs a block's scale before
-the first of its codes.
+A kernel holds a tile of blocks in registers while it computes their scales and then their
+codes. XLA takes a second pass over memory for the codes.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from pallas_kernels.placement import implementations
 from pallas_kernels.programs import joined, tiles
 from pallas_kernels.programs.leaf import Leaf, bound, is_small
 
-# Leaves of one size in a kernel: more of them are fewer launches, and seconds more to compile.
+# Leaves of one size in a kernel: more would save launches but add seconds of compile time.
 MOST_IN_A_KERNEL = 4
-# Small leaves of more sizes than these are joined: each is a kernel of its own to compile.
+# Each size of small leaves compiles a kernel. Beyond this number of sizes, small leaves are joined.
 MOST_SIZES = 24
 
 
 def takes(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> bool:
-  """Whether `step` takes a leaf: rows of whole blocks, or a small one of any shape.
+  """Whether ``step`` takes a leaf: rows of whole blocks, or a small leaf of any shape.
 
-  Of whole arrays also large ones in which little is left of tiles of 32 x 32.
+  A whole array may also be large if tiles of 32 x 32 leave little of it uncovered.
   """
   if all(map(tiles.takes_blocks, (shape, stack))):
     return True
@@ -39,14 +39,14 @@ def takes(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> boo
 
 
 def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
-  """The step as Mosaic GPU kernels: one a leaf, small leaves of one size a few at a time."""
-  from pallas_kernels.programs import block_kernel  # here: it imports Pallas
+  """The step as Mosaic GPU kernels: one a leaf, or one for a few small leaves of one size."""
+  from pallas_kernels.programs import block_kernel  # imported here because it imports Pallas
 
   windows = windows or [None] * len(leaves)
   tile = functools.partial(_tile, rules, formats, lands)
   results: dict[int, Any] = {}
 
-  @jax.jit  # groups of one kind are lowered once
+  @jax.jit  # lowers groups of one kind once
   def kernel(scalars, group, of, when, index):
     parts = [
       None if x is None else ((*leaf.low.shape[:-1], leaf.low.shape[-1] // BLOCK), x.shape)
@@ -93,8 +93,8 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
 
 
 def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
-  """A large leaf whose rows end in a short block: a kernel, and joined, what that leaves."""
-  from pallas_kernels.programs import block_kernel  # here: it imports Pallas
+  """Steps a large leaf whose rows end in a short block: by a kernel, then its ends joined."""
+  from pallas_kernels.programs import block_kernel  # imported here because it imports Pallas
 
   rows, n = joined.rows_of(leaf.gradient.shape)
   written = _operands(lands, leaf, None, row=n)
@@ -120,7 +120,8 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
     gradient, low = (low, read) if lands else (read, low)
     return Leaf(gradient, low, delta, statistics, leaf.stream)
 
-  # One after the other, in the memory of one, by one kernel: as many blocks.
+  # The ends get the same number of blocks and step in sequence, so that they share one kernel and
+  # the memory of one.
   blocks = max(-(-len(first) // tiles.TILE_ROWS) * tiles.TILE_ROWS for _, _, first in parts)
   for of_rows, start, first in parts:
     some = [cut(of_rows, start)]
@@ -138,9 +139,9 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
 
 
 def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, values_T, scales_K):
-  """The step of a tile of blocks in registers."""
+  """Steps a tile of blocks in registers."""
   fmt, statistic_formats = formats
-  # Weights that are to land stay; the new ones take the gradients' place.
+  # With `lands`, the old weights stay, and the new ones take the gradients' memory.
   (low_T, *rest_T), scales_K = values_T, iter(scales_K)
   if lands:
     gradient_T, low_T = low_T, gradient_T
@@ -152,7 +153,7 @@ def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, value
     state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f, across)
     for x_T, f in zip(rest_T, statistic_formats, strict=True)
   ]
-  # What is read by its bits is no product.
+  # A value that is decoded from its bits is no product.
   products = False, False, *(f.has_scale for f in statistic_formats)
   update_T, new_T = bound(rules, scalars, products=products)(
     arithmetic.as_float32(gradient_T), master_T, old_T
@@ -194,7 +195,7 @@ def _operands(
 
 
 def _frozen(leaf: Leaf, written: tiles.BlockLeaf):
-  """What the kernel wrote, in the shapes of the leaf."""
+  """The results of the kernel, in the shapes of the leaf."""
   values, scales = iter(written.refs), iter(written.scale_refs)
 
   def take(refs, x):
@@ -212,7 +213,7 @@ def _frozen(leaf: Leaf, written: tiles.BlockLeaf):
 
 
 def _in_blocks(window: Window | None) -> Window | None:
-  """A window of rows of whole blocks, in blocks along the last axis."""
+  """Converts a window of rows of whole blocks to blocks along the last axis."""
   if window is None:
     return None
   *start, last = window.start

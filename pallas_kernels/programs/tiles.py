@@ -1,7 +1,7 @@
-"""How arrays are cut into tiles of blocks, for `block_kernel`.
+"""Cuts arrays into tiles of blocks for ``block_kernel``.
 
-Apart from the kernels, since importing Pallas takes 0.2 s, which a program without
-kernels does not need.
+It is a module of its own because importing Pallas takes 0.2 s, which a program
+without kernels should not pay.
 """
 
 from collections.abc import Sequence
@@ -14,44 +14,45 @@ import numpy as np
 from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.placement.implementations import MAX_SIZE
 
-HAS_STORE = jax.__version_info__ >= (0, 12)  # `plgpu.store`
-# Blocks in a tile; fewer than 32 for the end of an array, so that it needs no launch of its own.
-# Each size is a program of its own to compile.
+HAS_STORE = jax.__version_info__ >= (0, 12)  # JAX has `plgpu.store`
+# Tile sizes, in blocks. The smaller tiles cover the end of an array, which then needs no launch of
+# its own. Each size compiles to code of its own.
 _ROWS = (32, 8) if HAS_STORE else (32,)
 TILE_ROWS = _ROWS[0]
 
 
 def is_in_blocks(shape: tuple[int, ...]) -> bool:
-  """Whether the rows of an array, which is not empty, are whole blocks."""
+  """Whether an array is not empty and its rows are whole blocks."""
   return bool(shape) and shape[-1] % BLOCK == 0 and 0 < math.prod(shape) <= MAX_SIZE
 
 
 def takes_blocks(shape: tuple[int, ...]) -> bool:
-  """Whether `blockwise` takes arrays of a shape: rows of whole blocks, and enough for a tile."""
+  """Whether ``blockwise`` takes arrays of a shape: rows of whole blocks, enough for a tile."""
   count, least = math.prod(shape) // BLOCK, _ROWS[-1]
   return is_in_blocks(shape) and (count % least == 0 or (HAS_STORE and count > least))
 
 
 def takes_rectangle(rows: int, n: int) -> bool:
-  """Whether `rectangle` takes arrays [rows, n]: little is left of tiles of 32 x 32."""
+  """Whether ``rectangle`` takes arrays [rows, n]: tiles of 32 x 32 leave little uncovered."""
   left = rows * n - rows // TILE_ROWS * TILE_ROWS * (n // BLOCK * BLOCK)
   return HAS_STORE and rows >= TILE_ROWS and left * 16 <= rows * n
 
 
 class BlockLeaf(NamedTuple):
-  """The operands of `blockwise` that belong to one array.
+  """The operands of ``blockwise`` for one array.
 
   Attributes:
-    key: uint32 [2], the stream's words; of joined arrays, None.
-    read: what is only read, [blocks, 32].
-    refs: what is replaced, likewise, of at most 16 bits a value; or a stack of
-      such arrays, [count * blocks, 32].
-    scale_refs: what is replaced, bfloat16 [blocks] or [count * blocks].
-    start: where the array, or the stack, is a part of a whole: its first place
-      along each axis, int32 [axes], in blocks along the last; else None.
-    draws: of joined arrays: uint32 [blocks] each, the two words of a block's
-      stream and the place of its first element; perhaps int32 [blocks], the
-      number of its elements.
+    key: uint32 [2], the words of the stream; None for joined arrays.
+    read: [blocks, 32], the values that are only read.
+    refs: [blocks, 32] each, the values that are replaced, at most 16 bits each;
+      or [count * blocks, 32] for a stack of arrays.
+    scale_refs: bfloat16 [blocks] or [count * blocks] each, the scales that are
+      replaced.
+    start: int32 [axes], the first place of the array or stack along each axis of
+      the whole, in blocks along the last axis; None if it is the whole.
+    draws: for joined arrays, uint32 [blocks] each: the two words of a block's
+      stream and the place of its first element; then, if blocks can be short,
+      int32 [blocks], the number of elements in each.
   """
 
   key: jax.Array | None
@@ -66,11 +67,11 @@ class Group(NamedTuple):
   """The tiles of one size.
 
   Attributes:
-    rows: how many blocks they have.
-    leaves: the arrays that have such tiles.
-    table: int32 [programs, 3]: each program's place in leaves, and the first blocks
-      of its tiles.
-    is_pair: whether a program has two tiles, which overlap, and not one.
+    rows: the number of blocks in a tile.
+    leaves: the arrays that have tiles of this size.
+    table: int32 [programs, 3]: the index of each program's array in leaves, and the
+      first block of each of its two tiles.
+    is_pair: whether a program steps two tiles, which overlap, instead of one.
   """
 
   rows: int
@@ -80,10 +81,11 @@ class Group(NamedTuple):
 
 
 def groups(blocks: Sequence[int]) -> list[Group]:
-  """How arrays of so many blocks are cut: tiles of 32 blocks, and smaller ones for the rest."""
+  """Cuts arrays with these numbers of blocks into tiles of 32 blocks, then into smaller ones."""
   result: list[Group] = []
   least = _ROWS[-1]
-  # A pair of the smallest tiles takes what is left of them, and the last of them with it.
+  # Too few blocks may be left for a smallest tile. A pair of smallest tiles then covers the end of
+  # the array: the last whole one, and one that ends with the array and overlaps it.
   ends = [n if n % least == 0 else n // least * least - least for n in blocks]
   done = [0] * len(blocks)
   for rows in _ROWS:
@@ -101,6 +103,6 @@ def groups(blocks: Sequence[int]) -> list[Group]:
 
 
 def tile_rows(shapes: Sequence[tuple[int, ...]]) -> list[int]:
-  """How many blocks the tiles have that `blockwise` walks arrays of these shapes in."""
+  """The tile sizes, in blocks, that ``blockwise`` uses for arrays of these shapes."""
   cut = groups([math.prod(shape) // BLOCK for shape in shapes])
   return [group.rows for group in cut]

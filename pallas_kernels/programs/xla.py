@@ -1,4 +1,4 @@
-"""xla: the step of leaves as XLA makes it, in two passes over memory where there are scales."""
+"""xla: the step of leaves as an XLA program; with scales, it takes two passes over memory."""
 
 from collections.abc import Sequence
 import functools
@@ -19,9 +19,9 @@ def step(
 ):  # fmt: skip
   """The step as an XLA program; leaves of one shape are traced once.
 
-  XLA:GPU may contract: kept from it, it keeps more in memory between its passes
-  (8 bytes a value of a leaf with clipping in front). Small leaves are joined where
-  XLA does not partition its program.
+  ``contracts`` permits contracted multiplications and additions. Without them, XLA:GPU
+  keeps more in memory between its passes (8 bytes a value of a leaf behind clipping).
+  ``joins`` joins small leaves; it requires a program that XLA does not partition.
   """
   rule = bound(rules, scalars, contracts)
   windows = windows or [None] * len(leaves)
@@ -39,7 +39,7 @@ def step(
 
 
 def step_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None):
-  """The step of one leaf; with an index, of that array of a stack, in place."""
+  """Steps one leaf; with an index, that array of a stack, in place."""
   if index is None:
     return step_leaf(rule, formats, lands, leaf, when, window)
   stack = leaf[1:4]
@@ -56,7 +56,7 @@ def step_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window 
 def step_leaf(
   rule, formats, lands, leaf: Leaf, when, window: Window | None = None, draws: Any = None
 ):  # fmt: skip
-  """The step of one leaf; with draws, of joined ones."""
+  """Steps one leaf, or with draws, joined ones."""
   gradient, low, delta, statistics, stream, own = leaf
   fmt, statistic_formats = formats
   valid = None
@@ -84,7 +84,7 @@ def step_leaf(
     state_formats.block_scale(x, f) if f.has_scale else None
     for x, f in zip(values, statistic_formats, strict=True)
   ]
-  # Where there are scales, the statistics are computed again for the codes.
+  # With scales, the codes need a second pass, which computes the statistics again.
   if any(scale is not None for scale in scales):
     update, values = run(
       [
@@ -105,7 +105,7 @@ def step_leaf(
 
 
 def _moved(fmt, lands, low, wide, update, bits):
-  """The new weight and its packed residual."""
+  """The new weight and its packed residual, after an update."""
   if fmt.is_full_precision:
     return low + update, None
   new_low, new_wide = arithmetic.move_values(low, wide, update, fmt, bits, lands)
