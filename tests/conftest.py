@@ -1,4 +1,4 @@
-"""Shared by all tests: eight CPU devices, the H100 compiler, float32 bit patterns."""
+"""Shared by all tests: eight CPU devices, float32 bit patterns, trees compared bit for bit."""
 
 import os
 import zlib
@@ -6,8 +6,11 @@ import zlib
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
+import chex
 import jax
+from jax.sharding import AxisType
 import numpy as np
+import optax
 import pytest
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
@@ -58,26 +61,55 @@ def classes() -> np.ndarray:
   return float32_classes()
 
 
-def bits32(x) -> np.ndarray:
-  """float32 -> uint32 bit patterns."""
-  return np.asarray(x).view(np.uint32)
-
-
-def bits_low(x) -> np.ndarray:
-  """A narrow float -> its bit patterns."""
+def bits_of(x) -> np.ndarray:
+  """Floats -> their bit patterns."""
   x = np.asarray(x)
   return x.view(np.dtype(f"u{x.dtype.itemsize}"))
 
 
 def assert_trees_equal(a, b):
-  """Equal structure, dtypes and bits."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-    x, y = (_plain(leaf) for leaf in (x, y))
-    assert x.dtype == y.dtype and x.shape == y.shape
-    assert x.tobytes() == y.tobytes()
+  """Equal structure, dtypes and bits.
+
+  `chex.assert_trees_all_equal` compares values: to it -0.0 is 0.0, every NaN is NaN, and a
+  bfloat16 array equals a float32 one.
+  """
+  chex.assert_trees_all_equal_comparator(_has_same_bits, _difference, a, b)
+
+
+def _has_same_bits(x, y) -> bool:
+  x, y = _plain(x), _plain(y)
+  return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def _difference(x, y) -> str:
+  x, y = _plain(x), _plain(y)
+  if x.dtype != y.dtype or x.shape != y.shape:
+    return f"{x.dtype}{list(x.shape)} is not {y.dtype}{list(y.shape)}"
+  where = bits_of(x) != bits_of(y)
+  first = (f"{t[where][:3]} (bits {bits_of(t)[where][:3]})" for t in (x, y))
+  return f"{np.sum(where)} of {x.size} values, {' is not '.join(first)}"
 
 
 def _plain(x) -> np.ndarray:
   is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
   return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def normal_like(tree, seed: int, scale: float = 1.0):
+  """Random gradients in the dtypes of the tree's leaves."""
+  leaves, structure = jax.tree.flatten(tree)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  draw = lambda key, x: (jax.random.normal(key, x.shape) * scale).astype(x.dtype)
+  return structure.unflatten(map(draw, keys, leaves))
+
+
+def updated(tx, grads, opt_state, params):
+  """What `lowmem.step` does, by Optax's protocol."""
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state
+
+
+def mesh_of(data: int, model: int = 1, kind=AxisType.Auto):
+  """A mesh of the first data * model devices."""
+  devices = jax.devices()[: data * model]
+  return jax.make_mesh((data, model), ("data", "model"), axis_types=(kind,) * 2, devices=devices)

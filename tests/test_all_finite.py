@@ -1,5 +1,6 @@
 """Every value is looked at, whatever the mesh; and what is no value of an array is not."""
 
+from conftest import mesh_of
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -21,13 +22,9 @@ SHAPES = {
 CHECK = jax.jit(all_finite)
 
 
-def mesh_of(kind):
-  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:8])
-
-
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_every_array_of_a_mesh(kind):
-  mesh = mesh_of(kind)
+  mesh = mesh_of(4, 2, kind)
   rng = np.random.default_rng(0)
   good = {name: rng.normal(size=shape) for name, (shape, _) in SHAPES.items()}
 
@@ -67,7 +64,7 @@ def test_under_vmap():
 
 def test_uneven_shards():
   """XLA pads them, here with 1 / 0."""
-  sharding = NamedSharding(mesh_of(AxisType.Auto), P("data", "model"))
+  sharding = NamedSharding(mesh_of(4, 2), P("data", "model"))
 
   @jax.jit
   def check(x):

@@ -2,7 +2,8 @@
 
 import functools
 
-from conftest import bits32, bits_low, float32_classes
+import chex
+from conftest import assert_trees_equal, bits_of, float32_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -45,19 +46,17 @@ def test_round_trip(fmt):
   back = np.asarray(merge(low, delta, fmt))
   nan = np.isnan(x)
   assert np.isnan(back[nan]).all() and np.isnan(np.asarray(low, np.float32)[nan]).all()
-  assert (back[np.isinf(x)] == x[np.isinf(x)]).all()
-  assert np.isfinite(back[np.isfinite(x)]).all()
+  chex.assert_trees_all_equal(back[np.isinf(x)], x[np.isinf(x)])
+  chex.assert_tree_all_finite(back[np.isfinite(x)])
   if fmt.name != "bf16+16":
-    assert np.isfinite(np.asarray(low, np.float32)[np.isfinite(x)]).all()
+    chex.assert_tree_all_finite(np.asarray(low, np.float32)[np.isfinite(x)])
   again_low, again_delta = split(back, fmt)
   if fmt.low_rounding == "nearest":  # law 5
-    assert (bits_low(again_low)[~nan] == bits_low(low)[~nan]).all()
+    assert_trees_equal(again_low[~nan], low[~nan])
     if delta is not None:
-      assert (np.asarray(unpack(again_delta, x, fmt)) == np.asarray(unpack(delta, x, fmt)))[
-        ~nan
-      ].all()
+      assert_trees_equal(unpack(again_delta, x, fmt)[~nan], unpack(delta, x, fmt)[~nan])
   again = np.asarray(merge(again_low, again_delta, fmt))
-  assert (bits32(again)[~nan] == bits32(back)[~nan]).all()  # a value on the grid stays
+  assert_trees_equal(again[~nan], back[~nan])  # a value on the grid stays
 
 
 def finite_values(dtype) -> np.ndarray:
@@ -148,7 +147,7 @@ def test_low_is_a_nearest_value_of_merge(name, rounding):
   x = FEW[np.isfinite(FEW)]
   low, delta = split(x, fmt)
   value = np.asarray(merge(low, delta, fmt)).astype(np.float64)
-  low_bits = bits_low(low)
+  low_bits = bits_of(low)
   distance = np.abs(np.asarray(low).astype(np.float64) - value)
   for step in (-1, 1):
     magnitude = np.clip((low_bits & 0x7FFF).astype(int) + step, 0, fmt.grid.max_code)
@@ -162,10 +161,10 @@ def test_sign_of_zero():
   """Law 1: where low is zero the delta carries the sign."""
   x = np.array([-1e-45, 1e-45, -1e-41, 1e-41, -0.0, 0.0], np.float32)
   low, delta = lowmem.split(x, "bf16+16")
-  assert list(bits_low(low)) == [0, 0, 0, 0, 0x8000, 0]
+  assert list(bits_of(low)) == [0, 0, 0, 0, 0x8000, 0]
   assert list(np.asarray(delta)) == [-1, 1, -7136, 7136, 0, 0]
   flipped = jnp.where(delta == 0, low, -low)
-  assert (bits32(lowmem.merge(flipped, delta, "bf16+16")) == bits32(x)).all()
+  assert_trees_equal(lowmem.merge(flipped, delta, "bf16+16"), x)
 
 
 @pytest.mark.parametrize("name", ["bf16+0", "bf16+8", "fp16+0", "fp16+8"])
@@ -176,8 +175,9 @@ def test_saturation(name):
   value = np.asarray(lowmem.merge(low, delta, name))
   top = float(jnp.finfo(low.dtype).max)
   assert (np.abs(np.asarray(low, np.float32)[:2]) == top).all()
-  assert np.isfinite(value[:2]).all() and (np.abs(value[:2]) >= top).all()
-  assert (value[2:] == x[2:]).all()
+  chex.assert_tree_all_finite(value[:2])
+  assert (np.abs(value[:2]) >= top).all()
+  chex.assert_trees_all_equal(value[2:], x[2:])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_storage(shape, bits, low_rounding):
   fmt = lowmem.DeltaFormat(jnp.bfloat16, bits, low_rounding=low_rounding)
   x = jax.random.normal(jax.random.key(0), shape)
   low, delta = lowmem.split(x, fmt, key=1)
-  assert low.shape == x.shape
+  chex.assert_equal_shape([low, x])
   width = bits + (low_rounding != "nearest" and bits > 0)
   if width == 0:
     assert delta is None
@@ -207,7 +207,7 @@ def test_storage(shape, bits, low_rounding):
   else:
     assert delta.nbytes <= 4
   expected = lowmem.merge(low, delta, fmt)
-  assert (lowmem.merge(*lowmem.split(expected, fmt, key=9), fmt) == expected).all()
+  chex.assert_trees_all_equal(lowmem.merge(*lowmem.split(expected, fmt, key=9), fmt), expected)
 
 
 @settings(max_examples=100, deadline=None)
@@ -223,8 +223,8 @@ def test_packing_is_a_bijection(data):
   delta = np.random.default_rng(seed).integers(-half, half, shape, dtype=np.int32)
   stored = packing.pack(jnp.asarray(delta), fmt)
   struct = packing.stored_struct(shape, fmt)
-  assert (stored.shape, stored.dtype) == (struct.shape, struct.dtype)
-  assert (np.asarray(packing.unpack(stored, shape, fmt)) == delta).all()
+  chex.assert_trees_all_equal_shapes_and_dtypes(stored, struct)
+  assert_trees_equal(packing.unpack(stored, shape, fmt), delta)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2])
@@ -242,7 +242,7 @@ def test_stochastic_round_picks_a_neighbour(dtype, classes):
   if dtype == jnp.float8_e4m3fn:
     assert np.isnan(result[inf]).all()
   else:
-    assert (result[inf] == classes[inf]).all()
+    chex.assert_trees_all_equal(result[inf], classes[inf])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2])
@@ -286,14 +286,11 @@ def test_under_transformations():
   """jit, vmap, scan and eval_shape; the same bits inside and outside jit."""
   x = jax.random.normal(jax.random.key(0), (4, 64))
   f = lambda x: lowmem.split(x, "bf16+5", key=2)
-  low, delta = f(x)
-  jlow, jdelta = jax.jit(f)(x)
-  assert (low == jlow).all() and (delta == jdelta).all()
-  rows = jax.vmap(f)(x)
+  eager = f(x)
+  assert_trees_equal(jax.jit(f)(x), eager)
   scanned = jax.lax.scan(lambda c, row: (c, f(row)), 0, x)[1]
-  assert (rows[0] == scanned[0]).all() and (rows[1] == scanned[1]).all()
-  shapes = jax.eval_shape(f, x)
-  assert shapes[1].shape == delta.shape and shapes[1].dtype == delta.dtype
+  assert_trees_equal(jax.vmap(f)(x), scanned)
+  chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(f, x), eager)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import functools
 import pickle
 
-from conftest import assert_trees_equal, bits32, bits_low, float32_classes
+import chex
+from conftest import assert_trees_equal, bits_of, float32_classes, normal_like, updated
 import flax.serialization
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,24 +30,9 @@ def make_params(seed=0):
   }
 
 
-def make_grads(params, seed, scale=1.0):
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return tree.unflatten(
-    [
-      (jax.random.normal(k, p.shape) * scale).astype(p.dtype)
-      for k, p in zip(keys, leaves, strict=True)
-    ]
-  )
-
-
-def update_step(tx):
-  @jax.jit
-  def f(params, state, grads):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  return f
+def jitted(how, tx):
+  """`lowmem.step` or `updated`, of (grads, opt_state, params)."""
+  return jax.jit(functools.partial(how, tx))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -54,9 +40,9 @@ def test_landing(fmt):
   """Law 8: what apply_updates gives is the weight that the residual belongs to."""
   tx = lowmem.delta_bits(optax.adamw(1e-2), fmt)
   params, state = lowmem.init(tx, make_params())
-  step = update_step(tx)
+  step = jitted(updated, tx)
   for i in range(5):
-    params, state = step(params, state, make_grads(params, i))
+    params, state = step(normal_like(params, i), state, params)
     master = lowmem.master_params(params, state)
     low = jax.tree.map(lambda m: lowmem.split(m, fmt, key=0)[0], master)
     assert_trees_equal(low, params)  # law 3: the weight is the nearest to its master
@@ -73,10 +59,10 @@ def test_landing_anywhere(fmt):
   tx = lowmem.delta_bits(optax.identity(), fmt)
   params, state = lowmem.init(tx, jnp.asarray(x))
   master = lowmem.master_params(params, state)
-  new, state = update_step(tx)(params, state, jnp.asarray(target) - master)
+  new, state = jitted(updated, tx)(jnp.asarray(target) - master, state, params)
   value = lowmem.master_params(new, state)
   again, _ = lowmem.split(value, fmt, key=0)
-  a, b = bits_low(again), bits_low(new)
+  a, b = bits_of(again), bits_of(new)
   same = (a == b) | ((a | b) & 0x7FFF == 0) | np.isnan(np.asarray(new, np.float32))
   assert same.all()
 
@@ -106,10 +92,10 @@ def test_step_is_update_and_apply(fmt, wrap):
   }[wrap]()
   params, state = lowmem.init(tx, make_params())
   a = b = (params, state)
-  update, step = update_step(tx), jax.jit(functools.partial(lowmem.step, tx))
+  update, step = jitted(updated, tx), jitted(lowmem.step, tx)
   for i in range(3):
-    grads = make_grads(params, i, 0.3)
-    a = update(*a, grads)
+    grads = normal_like(params, i, 0.3)
+    a = update(grads, a[1], a[0])
     b = step(grads, b[1], b[0])
   assert_trees_equal(a, b)
 
@@ -157,9 +143,9 @@ def test_inner_sees_float32_master_and_gradients():
   spy = optax.GradientTransformation(lambda p: optax.EmptyState(), update)
   tx = lowmem.delta_bits(spy, "bf16+8")
   params, state = lowmem.init(tx, make_params())
-  tx.update(make_grads(params, 0), state, params)
+  tx.update(normal_like(params, 0), state, params)
   assert_trees_equal(seen["params"], lowmem.master_params(params, state))
-  assert {x.dtype for x in jax.tree.leaves(seen)} == {jnp.dtype(jnp.float32)}
+  chex.assert_type(jax.tree.leaves(seen), jnp.float32)
 
 
 def test_other_leaves_pass_through():
@@ -203,8 +189,8 @@ def test_init_from_half_precision_params():
   assert_trees_equal(
     lowmem.master_params(params, state), jax.tree.map(lambda x: x.astype(jnp.float32), params)
   )
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.inner_state[0].mu))
-  params, state = update_step(tx)(params, state, make_grads(params, 0))
+  chex.assert_type(jax.tree.leaves(state.inner_state[0].mu), jnp.float32)
+  jitted(updated, tx)(normal_like(params, 0), state, params)
 
 
 def test_small_updates_are_not_lost():
@@ -229,14 +215,11 @@ def test_other_low_roundings(low_rounding):
   tx = lowmem.delta_bits(optax.sgd(0.1), fmt)
   params, state = lowmem.init(tx, make_params())
   before = lowmem.master_params(params, state)
-  new, state = jax.jit(functools.partial(lowmem.step, tx))(
-    jax.tree.map(jnp.zeros_like, params), state, params
-  )
+  new, state = jitted(lowmem.step, tx)(jax.tree.map(jnp.zeros_like, params), state, params)
   assert_trees_equal(new, params)  # no update, no new draw
   assert_trees_equal(lowmem.master_params(new, state), before)
-  a = update_step(tx)(params, state, make_grads(params, 0))
-  b = jax.jit(functools.partial(lowmem.step, tx))(make_grads(params, 0), state, params)
-  assert_trees_equal(a, b)
+  args = normal_like(params, 0), state, params
+  assert_trees_equal(jitted(updated, tx)(*args), jitted(lowmem.step, tx)(*args))
 
 
 def test_update_dtype_gradient():
@@ -244,7 +227,7 @@ def test_update_dtype_gradient():
   tx = lowmem.delta_bits(optax.sgd(0.1), "bf16+8", update_dtype="gradient")
   params, state = lowmem.init(tx, {"w": jax.random.normal(jax.random.key(0), (64, 64))})
   for i in range(5):
-    grads = make_grads(params, i)
+    grads = normal_like(params, i)
     updates, new_state = jax.jit(tx.update)(grads, state, params)
     assert updates["w"].dtype == jnp.bfloat16
     new = optax.apply_updates(params, updates)
@@ -270,24 +253,23 @@ def test_wrappers_with_a_cond(wrapper):
   params, state = lowmem.init(tx, make_params())
   start = params
   for i in range(4):
-    grads = make_grads(params, i)
-    a = update_step(tx)(params, state, grads)
-    b = jax.jit(functools.partial(lowmem.step, tx))(grads, state, params)
-    assert_trees_equal(a, b)
+    grads = normal_like(params, i)
+    a = jitted(updated, tx)(grads, state, params)
+    assert_trees_equal(a, jitted(lowmem.step, tx)(grads, state, params))
     if wrapper == "multi_steps" and i == 0:
       assert_trees_equal(a[0], start)
     params, state = a
   assert (params["dense"]["kernel"] != start["dense"]["kernel"]).any()
   if wrapper == "apply_if_finite":
-    bad = jax.tree.map(lambda g: g * jnp.nan, make_grads(params, 0))
-    after, _ = update_step(tx)(params, state, bad)
+    bad = jax.tree.map(lambda g: g * jnp.nan, normal_like(params, 0))
+    after, _ = jitted(updated, tx)(bad, state, params)
     assert_trees_equal(after, params)
 
 
 def test_extra_args_and_traced_learning_rate():
   tx = lowmem.delta_bits(optax.polyak_sgd(), "bf16+8")
   params, state = lowmem.init(tx, make_params())
-  lowmem.step(tx, make_grads(params, 0), state, params, value=jnp.float32(1.0))
+  lowmem.step(tx, normal_like(params, 0), state, params, value=jnp.float32(1.0))
 
   @jax.jit
   def train(lr, grads, state, params):
@@ -295,10 +277,10 @@ def test_extra_args_and_traced_learning_rate():
 
   tx = lowmem.delta_bits(optax.sgd(0.25), "bf16+8")
   params, state = lowmem.init(tx, make_params())
-  grads = make_grads(params, 0)
+  grads = normal_like(params, 0)
   assert_trees_equal(
     train(jnp.float32(0.25), grads, state, params),
-    jax.jit(functools.partial(lowmem.step, tx))(grads, state, params),
+    jitted(lowmem.step, tx)(grads, state, params),
   )
 
 
@@ -307,7 +289,7 @@ def test_half_precision_hyperparameters_are_refused():
   tx = optax.inject_hyperparams(make)(0.999)
   params, _ = lowmem.init(lowmem.delta_bits(optax.adam(1e-3)), make_params())
   with pytest.raises(ValueError, match="hyperparam_dtype=jnp.float32"):
-    jax.jit(tx.update)(make_grads(params, 0), jax.eval_shape(tx.init, params), params)
+    jax.jit(tx.update)(normal_like(params, 0), jax.eval_shape(tx.init, params), params)
 
 
 def test_member_behind_is_refused_by_name():
@@ -323,19 +305,18 @@ def test_member_behind_is_refused_by_name():
     )
     state = tx.init(params)
     with pytest.raises(ValueError, match=f": {name} stands behind"):
-      lowmem.step(tx, make_grads(params, 0), state, params)
+      lowmem.step(tx, normal_like(params, 0), state, params)
   harmless = optax.chain(lowmem.delta_bits(optax.sgd(0.1)), optax.identity())
   params, state = lowmem.init(harmless, make_params())
-  lowmem.step(harmless, make_grads(params, 0), state, params)
+  lowmem.step(harmless, normal_like(params, 0), state, params)
 
 
 def test_step_with_nothing_of_ours():
   tx = optax.adam(1e-3)
   params = make_params()
-  grads = make_grads(params, 0)
-  updates, expected = tx.update(grads, tx.init(params), params)
-  result = lowmem.step(tx, grads, tx.init(params), params)
-  assert_trees_equal(result, (optax.apply_updates(params, updates), expected))
+  grads = normal_like(params, 0)
+  expected = updated(tx, grads, tx.init(params), params)
+  assert_trees_equal(lowmem.step(tx, grads, tx.init(params), params), expected)
 
 
 def test_donation_in_place():
@@ -353,8 +334,8 @@ def test_resume_is_bit_exact():
   """Law 14, through bytes and through pickle."""
   tx = lowmem.dynamic_loss_scale(lowmem.delta_bits(optax.adamw(1e-2), "bf16+5"))
   params, state = lowmem.init(tx, make_params())
-  step = jax.jit(functools.partial(lowmem.step, tx))
-  grads = make_grads(params, 0, 100.0)
+  step = jitted(lowmem.step, tx)
+  grads = normal_like(params, 0, 100.0)
   params, state = step(grads, state, params)
   saved = flax.serialization.to_bytes((params, state))
   restored = flax.serialization.from_bytes((params, tx.init(params)), saved)
@@ -371,8 +352,8 @@ def test_resume_through_orbax(tmp_path):
   tx = lowmem.dynamic_loss_scale(lowmem.delta_bits(optax.adamw(1e-2), "bf16+5"))
   params32 = {k: v for k, v in make_params().items() if k not in ("none", "empty")}
   saved = lowmem.init(tx, params32)
-  step = jax.jit(functools.partial(lowmem.step, tx))
-  grads = make_grads(saved[0], 0, 100.0)
+  step = jitted(lowmem.step, tx)
+  grads = normal_like(saved[0], 0, 100.0)
   saved = step(grads, saved[1], saved[0])
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "saved", saved)
@@ -402,7 +383,7 @@ def test_seeds_steps_and_leaves_draw_differently():
 def test_load_master_and_map_params():
   tx = optax.chain(optax.clip(1.0), lowmem.delta_bits(optax.adam(1e-2), "bf16+8"))
   params, state = lowmem.init(tx, make_params())
-  params, state = update_step(tx)(params, state, make_grads(params, 0))
+  params, state = jitted(updated, tx)(normal_like(params, 0), state, params)
   master = lowmem.master_params(params, state)
   for f in (lowmem.load_master, jax.jit(lowmem.load_master)):
     assert_trees_equal(f(master, state), (params, state))
@@ -417,16 +398,13 @@ def test_under_transformations():
   params32 = make_params()
   shapes = jax.eval_shape(functools.partial(lowmem.init, tx), params32)
   params, state = lowmem.init(tx, params32)
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), (params, state)
-  )
-  jitted = jax.jit(functools.partial(lowmem.init, tx))(params32)
-  assert_trees_equal(jitted, (params, state))
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (params, state))
+  assert_trees_equal(jitted(lowmem.init, tx)(params32), (params, state))
   stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params32)
   many = jax.vmap(functools.partial(lowmem.init, tx))(stacked)
   one = jax.tree.map(lambda x: x[0], many)
   assert_trees_equal(one, (params, state))
-  grads = make_grads(params, 0)
+  grads = normal_like(params, 0)
   many = jax.vmap(functools.partial(lowmem.step, tx), in_axes=(None, 0, 0))(grads, *many[::-1])
   assert_trees_equal(jax.tree.map(lambda x: x[0], many), lowmem.step(tx, grads, state, params))
 
@@ -434,7 +412,7 @@ def test_under_transformations():
 def test_bad_input():
   tx = lowmem.delta_bits(optax.sgd(0.1), "bf16+8")
   params, state = lowmem.init(tx, make_params())
-  grads = make_grads(params, 0)
+  grads = normal_like(params, 0)
   kernel = "dense.*kernel"
   with pytest.raises(ValueError, match="params"):
     tx.update(grads, state)
@@ -498,13 +476,13 @@ def test_random_trees(data):
   tx = lowmem.delta_bits(optax.adam(1e-2), weights)
   params, state = lowmem.init(tx, params32)
   formats = jax.tree.leaves(weights)
-  for p, fmt in zip(jax.tree.leaves(params), formats, strict=True):
-    assert p.dtype == lowmem.DeltaFormat.parse(fmt).dtype
-  grads = make_grads(params, 0)
-  updates, new_state = tx.update(grads, state, params)
+  chex.assert_type(
+    jax.tree.leaves(params), [lowmem.DeltaFormat.parse(fmt).dtype for fmt in formats]
+  )
+  grads = normal_like(params, 0)
   stepped, step_state = lowmem.step(tx, grads, state, params)
-  assert_trees_equal((optax.apply_updates(params, updates), new_state), (stepped, step_state))
+  assert_trees_equal(updated(tx, grads, state, params), (stepped, step_state))
   masters = lowmem.master_params(stepped, step_state)
   for m, p, fmt in zip(jax.tree.leaves(masters), jax.tree.leaves(stepped), formats, strict=True):
-    assert (bits_low(lowmem.split(m, fmt, key=0)[0]) == bits_low(p)).all()
-    assert bits32(m).shape == p.shape
+    assert_trees_equal(lowmem.split(m, fmt, key=0)[0], p)
+    chex.assert_type(m, jnp.float32)

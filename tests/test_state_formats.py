@@ -1,5 +1,6 @@
 """Storage of optimizer statistics: rounding, blocks, range, and law 13."""
 
+import chex
 from conftest import assert_trees_equal
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,10 @@ def test_shapes(fmt, shape):
   """The state keeps the rank; what is stored is what `stored_struct` says."""
   x = sample(shape, fmt)
   stored = state_formats.quantize(x, fmt, draw(0, shape))
-  found = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stored)
-  assert found == state_formats.stored_struct(shape, fmt)
+  chex.assert_trees_all_equal_shapes_and_dtypes(stored, state_formats.stored_struct(shape, fmt))
   y = state_formats.dequantize(stored, fmt)
-  assert y.shape == shape and y.dtype == jnp.float32
+  chex.assert_shape(y, shape)
+  chex.assert_type(y, jnp.float32)
   tolerance = {"fp32": 0, "bf16": 2**-7, "fp16": 2**-9, "int8": 0.05}[fmt.name]
   top = np.max(np.abs(x), initial=0)
   np.testing.assert_allclose(np.sqrt(np.abs(y)), np.sqrt(np.abs(x)), atol=3 * tolerance * top + 0)
@@ -132,7 +133,7 @@ def test_extreme_blocks():
   for top in (3.4028235e38, 3.39e38, 1e-37, 1e-42, 1.4e-45):
     x = jnp.full((1, BLOCK), top, jnp.float32).at[0, 1:].multiply(0.5)
     y = store_and_load(x, fmt)
-    assert np.all(np.isfinite(y)) and np.all(np.abs(np.asarray(y)) <= 3.4028235e38)
+    chex.assert_tree_all_finite(y)
     if top > 1e-37:
       np.testing.assert_allclose(y, x, rtol=0.05)
 
@@ -144,7 +145,7 @@ def test_non_finite_values_are_seen(fmt, bad):
   x = sample((4, BLOCK), fmt).at[2, 7].set(bad)
   y = np.asarray(store_and_load(x, fmt))
   assert not np.isfinite(y[2, 7])
-  assert np.all(np.isfinite(y[[0, 1, 3]]))
+  chex.assert_tree_all_finite(y[[0, 1, 3]])
 
 
 def test_bad_format():
