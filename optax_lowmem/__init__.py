@@ -1,6 +1,14 @@
-"""Low-memory training for JAX: half-precision weights that lose nothing.
+"""Low-memory training for JAX: half-precision weights with the accuracy of float32 masters.
 
-`import optax_lowmem as lowmem`; see the README.
+Examples:
+  >>> import jax.numpy as jnp
+  >>> import optax_lowmem as lowmem
+  >>> tx = lowmem.adamw(1e-3)
+  >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+  >>> grads = {"w": jnp.ones((4, 32), jnp.bfloat16)}
+  >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+  >>> print(params["w"].dtype, lowmem.master_params(params, opt_state)["w"].dtype)
+  bfloat16 float32
 """
 
 import importlib
@@ -42,7 +50,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-  """Imports `nnx` when it is first used."""
+  """Imports ``nnx`` on its first use."""
   if name == "nnx":
     return importlib.import_module("optax_lowmem.nnx")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The Flax NNX optimizer: `lowmem.nnx.Optimizer`."""
+"""The Flax NNX optimizer, ``lowmem.nnx.Optimizer``."""
 
 from typing import Literal
 
@@ -15,26 +15,34 @@ from optax_lowmem.trees import nnx_variables, pytrees
 
 
 class Optimizer(nnx.Optimizer):
-  """`flax.nnx.Optimizer` with low-memory parameters.
+  """A ``flax.nnx.Optimizer`` with low-memory parameters.
 
-  Making it converts the model's float32 parameters to their formats, in place.
-  `update` is one `lowmem.step`; under `nnx.jit` with both donated
-  (`donate_argnames=("model", "optimizer")`) it is in place, too. Whatever
-  takes a `flax.nnx.Optimizer` takes this one.
+  The constructor converts the model's float32 parameters to their formats, in
+  place. ``update`` is one :func:`optax_lowmem.step`. It updates the buffers in
+  place if ``nnx.jit`` donates model and optimizer
+  (``donate_argnames=("model", "optimizer")``). Code that takes a
+  ``flax.nnx.Optimizer`` takes this one.
 
   Attributes:
-    step: calls of `update` so far; a skipped step counts, too.
-    tx: the transformation, with the loss scale if one was asked for.
+    step: the number of calls of ``update``, skipped steps included.
+    tx: the transformation, with the loss scale if one was requested.
     opt_state: its state: moments, residuals, loss scale. Each array is a
-      variable with its parameter's sharding metadata.
+      variable with the sharding metadata of its parameter.
     wrt: the filter of the parameters.
 
   Examples:
+    >>> from flax import nnx
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> model = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
     >>> optimizer = lowmem.nnx.Optimizer(model, lowmem.adamw(1e-3), wrt=nnx.Param)
-    >>> @nnx.jit(donate_argnames=("model", "optimizer"))
-    ... def train_step(model, optimizer, batch):
-    ...   grads = nnx.grad(lambda model: optimizer.scale_loss(loss_fn(model, batch)))(model)
+    >>> def train_step(model, optimizer, x):
+    ...   grads = nnx.grad(lambda model: optimizer.scale_loss(model(x).mean()))(model)
     ...   optimizer.update(model, grads)
+    >>> train_step = nnx.jit(train_step, donate_argnames=("model", "optimizer"))
+    >>> train_step(model, optimizer, jnp.ones((1, 32)))
+    >>> print(model.kernel.dtype, optimizer.step[...])
+    bfloat16 1
   """
 
   def __init__(
@@ -46,22 +54,24 @@ class Optimizer(nnx.Optimizer):
     *,
     graph: bool | None = None,
   ):
-    """Converts the model's float32 parameters and makes the optimizer state.
+    """Converts the model's float32 parameters and creates the optimizer state.
 
     Args:
       model: an NNX module; its parameters are converted in place.
-      tx: a transformation with one of optax_lowmem in it.
-      wrt: filter of the parameters, the one that `nnx.grad` gets.
-      loss_scale: None, "dynamic" (`dynamic_loss_scale` with its defaults), or a
-        number (`static_loss_scale`); wraps tx.
-      graph: Flax's graph or tree mode; None for the current one.
+      tx: a transformation that contains one of optax_lowmem.
+      wrt: the filter of the parameters, the same as for ``nnx.grad``.
+      loss_scale: the loss scale to wrap around tx: None, ``"dynamic"``
+        (:func:`optax_lowmem.dynamic_loss_scale` with its defaults), or a number
+        (:func:`optax_lowmem.static_loss_scale`).
+      graph: Flax's graph mode (True) or tree mode (False); None for the current
+        one.
 
     Raises:
-      ValueError: if tx has nothing of optax_lowmem in it, if loss_scale is not
-        positive and finite, if tx has a loss scale already, or if a member that
-        stands behind one of optax_lowmem does anything with its updates (it is
-        named; see `lowmem.init`).
-      TypeError: if loss_scale is no number.
+      ValueError: if tx contains nothing of optax_lowmem, if loss_scale is not
+        positive and finite, if tx already has a loss scale, or if a member of tx
+        behind one of optax_lowmem would change its updates (the message names
+        the member; see :func:`optax_lowmem.init`).
+      TypeError: if loss_scale is not a number.
     """
     tx = loss_scaling.with_loss_scale(tx, loss_scale)
     super().__init__(model, optax.identity(), wrt=wrt, graph=graph)
@@ -73,12 +83,17 @@ class Optimizer(nnx.Optimizer):
     nnx.update(model, params)
 
   def update(self, model, grads, /, **kwargs) -> None:
-    """One step in place: see `lowmem.step`. There are no updates to return.
+    """Takes one step, in place under donation; see :func:`optax_lowmem.step`.
 
     Args:
-      model: the model; weights and residuals are written at once.
-      grads: gradients from `nnx.grad`, scaled where there is a loss scale.
-      **kwargs: extra arguments of `tx.update`.
+      model: the model, whose parameters are replaced.
+      grads: gradients from ``nnx.grad``; of the scaled loss if there is a loss
+        scale.
+      **kwargs: extra arguments of ``tx.update``.
+
+    Raises:
+      ValueError: if grads do not match the parameters. The message names the
+        leaf.
     """
     params, grads = (nnx.as_pure(nnx.state(x, self.wrt, graph=self.graph)) for x in (model, grads))
     params, opt_state = api.step(self.tx, grads, self._pure, params, **nnx.as_pure(kwargs))
@@ -88,22 +103,22 @@ class Optimizer(nnx.Optimizer):
 
   @property
   def residuals(self) -> nnx.State:
-    """The packed residuals of the parameters that have any."""
+    """The packed residuals of the parameters that have one."""
     residuals = [state.residuals for state in pytrees.find_states(self._pure, DeltaBitsState)]
     flat = [pair for tree in residuals for pair in nnx.to_flat_state(tree)]
     return nnx.from_flat_state([(path, x) for path, x in flat if jax.tree.leaves(x)])
 
   @property
   def loss_scale(self) -> jax.Array:
-    """The loss scale, float32; 1.0 where there is none."""
+    """The loss scale, a float32 scalar; 1.0 if there is none."""
     return loss_scaling.loss_scale(self._pure)
 
   def scale_loss(self, loss: jax.typing.ArrayLike) -> jax.Array:
-    """The loss in float32, times the loss scale: what to differentiate."""
+    """The loss times the loss scale, a float32 scalar. Differentiate this."""
     return loss_scaling.scale_loss(loss, self._pure)
 
   def master_params(self, model) -> nnx.State:
-    """The model's parameters as float32 master weights, to evaluate or to export."""
+    """The float32 master weights of the model, to evaluate or to export."""
     variables = nnx.state(model, self.wrt, graph=self.graph)
     masters = api.master_params(nnx.as_pure(variables), self._pure)
     return nnx_variables.like(variables, masters)

@@ -1,1 +1,1 @@
-"""Checkpoints in other formats, and where the bytes are."""
+"""Checkpoints in other file formats, and a table of the memory that a state takes."""

@@ -1,4 +1,4 @@
-"""memory_table: where the bytes of a training state are."""
+"""memory_table: the bytes of a training state, by part."""
 
 import dataclasses
 
@@ -12,13 +12,25 @@ from pallas_kernels.formats.state_formats import Blocks
 
 @dataclasses.dataclass(frozen=True)
 class MemoryTable:
-  """Bytes of a training state by part.
+  """The bytes of a training state, by part; see :func:`optax_lowmem.memory_table`.
 
   Attributes:
-    parts: bytes by part: "weights", "residuals", "moments" (optimizer state
-      that follows the parameters' tree), "rest" (counters, keys, scales), and
-      "gradients" where they were given.
-    num_params: values in the parameters.
+    parts: bytes by part: ``"weights"``, ``"residuals"``, ``"moments"`` (optimizer
+      state that follows the parameters' tree), ``"rest"`` (counters, keys, loss
+      scales), and ``"gradients"`` if they were given.
+    num_params: the number of parameters.
+
+  Examples:
+    >>> import optax_lowmem as lowmem
+    >>> table = lowmem.MemoryTable({"weights": 2_000, "residuals": 1_000}, num_params=1_000)
+    >>> table.total
+    3000
+    >>> print(table)
+    part       bytes  bytes/param
+    weights    2,000        2.000
+    residuals  1,000        1.000
+    total      3,000        3.000
+    1,000 parameters
   """
 
   parts: dict[str, int]
@@ -26,12 +38,12 @@ class MemoryTable:
 
   @property
   def total(self) -> int:
-    """Bytes altogether."""
+    """The bytes of all parts."""
     return sum(self.parts.values())
 
   @property
   def bytes_per_param(self) -> dict[str, float]:
-    """Bytes a parameter by part, and "total"."""
+    """Bytes a parameter, by part and for ``"total"``."""
     count = max(self.num_params, 1)
     return {k: v / count for k, v in (self.parts | {"total": self.total}).items()}
 
@@ -45,21 +57,32 @@ class MemoryTable:
 
 
 def memory_table(params, opt_state, grads=None) -> MemoryTable:
-  """Bytes and bytes a parameter of a training state, by part.
+  """Counts the bytes of a training state, by part and a parameter.
 
-  Counts what is stored: packed bits as they are packed, 4-bit integers as half
-  a byte (`nbytes` says a whole one), padding included.
+  It counts the storage itself: packed bits with their padding, and 4-bit
+  integers as half a byte (``nbytes`` reports a whole one).
 
   Args:
-    params: the parameters (arrays, or their `jax.ShapeDtypeStruct`).
+    params: the parameters, as arrays or ``jax.ShapeDtypeStruct``s.
     opt_state: the optimizer state.
-    grads: gradients, if they are to be counted, too.
+    grads: the gradients to count, too; None to leave them out.
 
   Returns:
-    A `MemoryTable`; print it, or read `.parts` and `.bytes_per_param`.
+    A :class:`optax_lowmem.MemoryTable`. Print it, or read ``parts`` and
+    ``bytes_per_param``.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> params, opt_state = lowmem.init(lowmem.adamw(1e-3), {"w": jnp.ones((64, 64))})
     >>> print(lowmem.memory_table(params, opt_state))
+    part        bytes  bytes/param
+    weights     8,192        2.000
+    residuals   4,096        1.000
+    moments     8,704        2.125
+    rest           36        0.009
+    total      21,028        5.134
+    4,096 parameters
   """
   params, opt_state = nnx_variables.pure(params), nnx_variables.pure(opt_state)
   parts = {"weights": _nbytes(params), "residuals": 0, "moments": 0, "rest": 0}

@@ -1,1 +1,1 @@
-"""What Flax loops use."""
+"""Training state for Flax loops."""

@@ -1,4 +1,4 @@
-"""A Flax TrainState whose parameters are half precision."""
+"""A Flax TrainState with half-precision parameters."""
 
 from typing import Any, Literal, Self
 
@@ -11,24 +11,32 @@ from optax_lowmem.transforms import loss_scaling
 
 
 class TrainState(train_state.TrainState):
-  """`flax.training.train_state.TrainState` with low-memory parameters.
+  """A ``flax.training.train_state.TrainState`` with low-memory parameters.
 
-  The state is Flax's own five fields; whatever takes a Flax TrainState takes
-  this one. What is added are views into `opt_state`.
+  It has Flax's own five fields, so code that takes a Flax TrainState takes this
+  one. ``residuals`` and ``loss_scale`` are views into ``opt_state``.
 
   Attributes:
-    step: calls of `apply_gradients` so far; a skipped step counts, too.
-    apply_fn: usually `model.apply`.
-    params: the parameters, half precision where they have such a format.
-    tx: the transformation, with the loss scale if `create` added one.
+    step: the number of calls of ``apply_gradients``, skipped steps included.
+    apply_fn: usually ``model.apply``.
+    params: the parameters, in their formats.
+    tx: the transformation, with the loss scale if ``create`` added one.
     opt_state: its state: moments, residuals, loss scale.
 
   Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_lowmem as lowmem
     >>> state = lowmem.TrainState.create(
-    ...     apply_fn=model.apply, params=params, loss_scale="dynamic",
+    ...     apply_fn=lambda variables, x: x @ variables["params"]["w"],
+    ...     params={"w": jnp.ones((32, 32))}, loss_scale="dynamic",
     ...     tx=lowmem.delta_bits(optax.adamw(1e-3), "fp16+8"))
-    >>> grads = jax.grad(lambda p: state.scale_loss(loss_fn(p)))(state.params)
+    >>> loss_fn = lambda params: state.apply_fn({"params": params}, jnp.ones(32)).mean()
+    >>> grads = jax.grad(lambda params: state.scale_loss(loss_fn(params)))(state.params)
     >>> state = state.apply_gradients(grads=grads)
+    >>> print(state.params["w"].dtype, state.step, state.loss_scale)
+    float16 1 32768.0
   """
 
   @classmethod
@@ -41,25 +49,26 @@ class TrainState(train_state.TrainState):
     loss_scale: Literal["dynamic"] | float | None = None,
     **kwargs,
   ) -> Self:
-    """Converts float32 parameters to their formats and makes the state.
+    """Converts float32 parameters to their formats and creates the state.
 
     Args:
-      apply_fn: usually `model.apply`.
+      apply_fn: usually ``model.apply``.
       params: float32 parameters.
-      tx: a transformation with one of optax_lowmem in it.
-      loss_scale: None, "dynamic" (`dynamic_loss_scale` with its defaults), or a
-        number (`static_loss_scale`); wraps tx.
+      tx: a transformation that contains one of optax_lowmem.
+      loss_scale: the loss scale to wrap around tx: None, ``"dynamic"``
+        (:func:`optax_lowmem.dynamic_loss_scale` with its defaults), or a number
+        (:func:`optax_lowmem.static_loss_scale`).
       **kwargs: the fields that a subclass adds.
 
     Returns:
       The state at step 0.
 
     Raises:
-      ValueError: if tx has nothing of optax_lowmem in it, if loss_scale is not
-        positive and finite, if tx has a loss scale already, or if a member that
-        stands behind one of optax_lowmem does anything with its updates (it is
-        named; see `lowmem.init`).
-      TypeError: if loss_scale is no number.
+      ValueError: if tx contains nothing of optax_lowmem, if loss_scale is not
+        positive and finite, if tx already has a loss scale, or if a member of tx
+        behind one of optax_lowmem would change its updates (the message names
+        the member; see :func:`optax_lowmem.init`).
+      TypeError: if loss_scale is not a number.
     """
     tx = loss_scaling.with_loss_scale(tx, loss_scale)
     has_overwritten = not isinstance(params, jax.Array) and OVERWRITE_WITH_GRADIENT in params
@@ -69,10 +78,10 @@ class TrainState(train_state.TrainState):
     return cls(step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, **kwargs)
 
   def apply_gradients(self, *, grads, **kwargs) -> Self:
-    """One step in place: see `lowmem.step`.
+    """Takes one step, in place under donation; see :func:`optax_lowmem.step`.
 
     Args:
-      grads: gradients of the loss, scaled where there is a loss scale.
+      grads: gradients of the loss; of the scaled loss if there is a loss scale.
       **kwargs: fields to replace, as in Flax.
 
     Returns:
@@ -92,20 +101,20 @@ class TrainState(train_state.TrainState):
 
   @property
   def residuals(self):
-    """The packed residuals, in the tree of params; None where a leaf has none."""
+    """The packed residuals, in the tree of params; None for a leaf without one."""
     return api.residuals(self._optimized, self.opt_state)
 
   @property
   def loss_scale(self) -> jax.Array:
-    """The loss scale, float32; 1.0 where there is none."""
+    """The loss scale, a float32 scalar; 1.0 if there is none."""
     return loss_scaling.loss_scale(self.opt_state)
 
   def scale_loss(self, loss: jax.typing.ArrayLike) -> jax.Array:
-    """The loss in float32, times the loss scale: what to differentiate."""
+    """The loss times the loss scale, a float32 scalar. Differentiate this."""
     return loss_scaling.scale_loss(loss, self.opt_state)
 
   def master_params(self):
-    """The parameters as float32 master weights."""
+    """The float32 master weights."""
     masters = api.master_params(self._optimized, self.opt_state)
     return masters if self._optimized is self.params else {**self.params, "params": masters}
 
