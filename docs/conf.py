@@ -61,7 +61,6 @@ nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
-nb_render_image_options = {"class": "dark-light"}  # transparent figures, which suit both themes
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
@@ -78,6 +77,7 @@ html_theme_options = {
   "use_download_button": False,
   "use_fullscreen_button": False,
   "navigation_with_keys": False,
+  "navbar_persistent": [],
 }
 
 
