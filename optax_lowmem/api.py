@@ -1,4 +1,4 @@
-"""Functions around a transformation: init, step, and the float32 master weights."""
+"""Functions on a transformation: init, step, and the float32 master weights."""
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +13,46 @@ from pallas_kernels.operations.split import split_stream
 
 
 def init(tx: optax.GradientTransformation, params):
-  """Converts float32 parameters to their formats, and makes the optimizer state.
+  """Converts float32 parameters to their formats and creates the optimizer state.
 
-  What the half-precision weights cannot hold goes into the residuals of the
-  state, up to each format's grid.
+  The residuals in the state hold what the half-precision weights cannot, up to
+  the grid of each format.
 
   Args:
-    tx: a transformation with `lowmem.delta_bits` in it, wherever it stands.
-    params: the float32 parameters; other leaves stay as they are.
+    tx: a transformation that contains :func:`optax_lowmem.delta_bits` or one of
+      our optimizers, at any depth.
+    params: the float32 parameters; other leaves stay unchanged.
 
   Returns:
-    (params, opt_state).
+    ``(params, opt_state)``.
 
   Raises:
-    ValueError: if two members claim one leaf, or if a member that stands behind
-      one of optax_lowmem would change its updates: the residual would belong to
-      another update than the one that lands. It is named; wrap the whole chain,
-      `lowmem.delta_bits(optax.chain(optax.adamw(lr), optax.scale(0.25)))`, or
-      put it in front. See `delta_bits` for formats.
+    ValueError: if two members claim one leaf, or if a member behind one of
+      optax_lowmem would change its updates. (The residual would then belong to
+      an update other than the one that lands.) The message names the member.
+      Put it in front, or wrap the whole chain:
+      ``lowmem.delta_bits(optax.chain(optax.adamw(lr), optax.scale(0.25)))``.
+      See :func:`optax_lowmem.delta_bits` for errors about formats.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
-    >>> params, opt_state = lowmem.init(tx, params)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> print(params["w"].dtype, opt_state.residuals["w"].dtype)
+    bfloat16 int8
   """
   params, opt_state, _ = _init_and_find(tx, params, for_step=False)
   return params, opt_state
 
 
 def init_ours(tx, params):
-  """`init`, where tx has to hold something of ours and one loss scale at most."""
+  """``init`` of a tx that must contain one of ours and at most one loss scale."""
   params, opt_state, found_ours = _init_and_find(tx, params, for_step=True)
   if not found_ours:
     raise ValueError(
-      "tx holds nothing of optax_lowmem, so that the parameters would stay float32; wrap it:"
+      "tx holds nothing of optax_lowmem, so the parameters would stay float32. Wrap it:"
       ' lowmem.delta_bits(tx, "bf16+8").'
     )
   loss_scaling.loss_scale(opt_state)  # raises if there are two
@@ -61,30 +68,45 @@ def _init_and_find(tx, params, *, for_step: bool):
 
 
 def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_args):
-  """One optimizer step: weights and residuals are written at once, no updates in between.
+  """Takes one optimizer step, which writes weights and residuals in one pass.
 
-  Donate `opt_state` and `params` to jit, and the step is in place. A
-  transformation that ends in one of ours (a chain, masked or partition) takes
-  this path; with ours inside a wrapper that has a `lax.cond`, or nothing of
-  ours, it is `tx.update` and `optax.apply_updates`.
+  No tree of updates exists in between. The step is in place if jit donates
+  params and opt_state. A transformation that ends in one of ours (a chain, masked
+  or partition) takes this path. A transformation with nothing of ours, or with
+  ours inside a wrapper that has a ``jax.lax.cond``, runs ``tx.update`` and
+  ``optax.apply_updates``.
 
   Args:
     tx: any Optax transformation.
-    grads: gradients, the tree of params; scaled where tx has a loss scale.
-    opt_state: tx's state.
-    params: the parameters.
-    **extra_args: for `tx.update`.
+    grads: the gradients, in the tree of params; of the scaled loss if tx has a
+      loss scale.
+    opt_state: the state of tx.
+    params: the parameters, in their formats.
+    **extra_args: extra arguments for ``tx.update``.
 
   Returns:
-    (params, opt_state).
+    ``(params, opt_state)``.
 
   Raises:
-    ValueError: if params is None, if grads do not belong to params, or if a
-      transformation stands behind one of ours (it is named: its update could
-      not land).
+    ValueError: if params is None, if grads do not match params, or if a
+      transformation stands behind one of ours, so its update could not land. The
+      message names the leaf or the transformation.
+    TypeError: if a gradient or a parameter has the wrong dtype. The message names
+      the leaf.
 
   Examples:
-    >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.adamw(1e-3)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> def train_step(params, opt_state, x):
+    ...   grads = jax.grad(lambda params: (x @ params["w"]).mean())(params)
+    ...   return lowmem.step(tx, grads, opt_state, params)
+    >>> train_step = jax.jit(train_step, donate_argnums=(0, 1))
+    >>> params, opt_state = train_step(params, opt_state, jnp.ones(4))
+    >>> print(opt_state.step, params["w"].dtype)
+    1 bfloat16
   """
   if params is None:
     raise ValueError("lowmem.step needs params; got None.")
@@ -100,28 +122,35 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
   params = jax.tree.map(land, params, updates)
   if session.landed:
     raise ValueError(
-      "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the"
-      " residuals are already written. Put it in front."
+      "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the step"
+      " has already written the residuals. Put that transformation in front."
     )
   return params, opt_state
 
 
 def master_params(params, opt_state):
-  """The float32 master weights: each weight with its residual.
+  """Merges weights and residuals into the float32 master weights.
 
   Args:
     params: the parameters, in their formats.
-    opt_state: the state that belongs to them.
+    opt_state: their optimizer state.
 
   Returns:
-    The tree of params, float32 where a leaf has a format.
+    The tree of params, with float32 masters for leaves with a format; other
+    leaves are unchanged.
 
   Raises:
-    ValueError: if a residual does not belong to its parameter; it is named.
-    TypeError: if a leaf is not of its format's dtype.
+    ValueError: if a residual does not match its parameter. The message names the
+      leaf.
+    TypeError: if a leaf does not have its format's dtype.
 
   Examples:
-    >>> params32 = lowmem.master_params(params, opt_state)
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.adamw(1e-3, weights="bf16+16")
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.full(32, 0.1)})
+    >>> print(params["w"][0], lowmem.master_params(params, opt_state)["w"][0])
+    0.100098 0.1
   """
   masters = {name: merge(*parts) for name, parts in master_parts(params, opt_state).items()}
   return pytrees.map_named(masters.get, params)
@@ -140,24 +169,32 @@ def master_parts(params, opt_state) -> dict[str, tuple]:
 
 
 def load_master(params, opt_state):
-  """Puts float32 master weights into the formats of an optimizer state.
+  """Loads float32 master weights into the formats of an optimizer state.
 
-  Values on a format's grid (from `master_params`) are kept exactly; others are
-  rounded onto it as the format says.
+  Values on a format's grid, as :func:`optax_lowmem.master_params` returns them,
+  are kept exactly. Other values are rounded to the grid as the format specifies.
 
   Args:
-    params: the parameters, float32 where a leaf has a format.
-    opt_state: a state with the formats; its moments stay.
+    params: the parameters; leaves with a format are float32 masters.
+    opt_state: a state with the formats. Its moments stay; its residuals are
+      replaced.
 
   Returns:
-    (params, opt_state).
+    ``(params, opt_state)``.
 
   Raises:
     ValueError: if a leaf with a format is missing.
     TypeError: if a leaf with a format is not float32.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.adamw(1e-3)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> params32 = {"w": jnp.full((4, 32), 0.5)}
     >>> params, opt_state = lowmem.load_master(params32, opt_state)
+    >>> print(params["w"].dtype, params["w"][0, 0])
+    bfloat16 0.5
   """
   by_name = pytrees.named_leaves(params)
   weights = {}
@@ -169,7 +206,7 @@ def load_master(params, opt_state):
     residuals = {}
     for name, fmt in node.formats.table:
       if name not in by_name:
-        raise ValueError(f"params have no leaf {name}, which the state has a format for.")
+        raise ValueError(f"params have no leaf {name}, but the state has a format for it.")
       x = by_name[name]
       if jnp.result_type(x) != jnp.float32:
         raise TypeError(f"params{name} is {jnp.result_type(x)}; load_master takes float32.")
@@ -181,7 +218,7 @@ def load_master(params, opt_state):
 
 
 def residuals(params, opt_state):
-  """The packed residuals, in the tree of params; None where a leaf has none."""
+  """The packed residuals, in the tree of params; None for a leaf without one."""
   found = {}
   for state in pytrees.find_states(opt_state, DeltaBitsState):
     found.update(pytrees.named_leaves(state.residuals))

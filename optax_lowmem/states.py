@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the states of our transformations, and what all of them are asked."""
+"""The states of our transformations, which checkpoints hold, and functions that they share."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -13,19 +13,30 @@ from pallas_kernels.operations import checks
 
 
 class DeltaBitsState(NamedTuple):
-  """State of `delta_bits`.
+  """The state of :func:`optax_lowmem.delta_bits`.
 
   Attributes:
-    formats: the formats by leaf name, static but for a uint32 scalar whose name
-      in the tree spells them, so that a restore into others is refused.
-    step: int32 scalar, the updates so far; it numbers the random bits.
+    formats: the formats by leaf name. They are static except for a uint32 scalar,
+      whose name in the tree spells them, so a restore into other formats fails.
+    step: int32 scalar, the number of updates so far, which selects the random
+      bits.
     key: uint32 [2], raw key data.
-    residuals: the parameters' tree, each leaf packed as
-      `pallas_kernels.formats.packing` describes, or None where there is none.
-    inner_state: the wrapped transformation's, over float32 master weights.
+    residuals: the residuals in the tree of the parameters, each packed as in
+      ``pallas_kernels.formats.packing``; None for a leaf without a format or
+      residual bits.
+    inner_state: the state of the wrapped transformation, for float32 masters.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> params, opt_state = lowmem.init(lowmem.adamw(1e-3), {"w": jnp.ones((4, 32))})
+    >>> isinstance(opt_state, lowmem.DeltaBitsState)
+    True
+    >>> print(opt_state.residuals["w"].dtype, opt_state.step)
+    int8 0
   """
 
-  formats: Formats  # first, so that what compares trees leaf by leaf names it first
+  formats: Formats  # first, so a leaf-by-leaf comparison of trees reports it first
   step: jax.Array
   key: jax.Array
   residuals: Any
@@ -33,15 +44,26 @@ class DeltaBitsState(NamedTuple):
 
 
 class QuantizedState(NamedTuple):
-  """State of `quantize_state`.
+  """The state of :func:`optax_lowmem.quantize_state`.
 
   Attributes:
-    formats: a `Statistic` by leaf name, static but for the scalar that spells
-      them; see `DeltaBitsState`.
-    step: int32 scalar, the updates so far; it numbers the random bits.
+    formats: the statistics' formats by leaf name, static except for a scalar as in
+      :class:`optax_lowmem.DeltaBitsState`.
+    step: int32 scalar, the number of updates so far, which selects the random
+      bits.
     key: uint32 [2], raw key data.
-    inner_state: the wrapped transformation's, its statistics as
-      `pallas_kernels.formats.state_formats` stores them.
+    inner_state: the state of the wrapped transformation; its statistics are stored
+      as in ``pallas_kernels.formats.state_formats``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_lowmem as lowmem
+    >>> opt_state = lowmem.quantize_state(optax.adam(1e-3)).init({"w": jnp.ones((4, 32))})
+    >>> isinstance(opt_state, lowmem.QuantizedState)
+    True
+    >>> print(opt_state.inner_state[0].mu["w"].codes.dtype)
+    int8
   """
 
   formats: Formats
@@ -51,14 +73,27 @@ class QuantizedState(NamedTuple):
 
 
 class LossScaleState(NamedTuple):
-  """State of `dynamic_loss_scale` and `static_loss_scale`.
+  """The state of a loss scale.
+
+  :func:`optax_lowmem.dynamic_loss_scale` and :func:`optax_lowmem.static_loss_scale`
+  share it.
 
   Attributes:
-    scale: float32 scalar, what the next loss is multiplied by.
-    growth_count: int32 scalar, finite steps since the scale last changed.
-    skipped: int32 scalar, steps skipped so far.
-    skipped_in_a_row: int32 scalar, steps skipped since the last finite one.
-    inner_state: the wrapped transformation's.
+    scale: float32 scalar, the factor for the next loss.
+    growth_count: int32 scalar, the finite steps since the scale last changed.
+    skipped: int32 scalar, the steps skipped so far.
+    skipped_in_a_row: int32 scalar, the steps skipped since the last finite one.
+    inner_state: the state of the wrapped transformation.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.dynamic_loss_scale(lowmem.adamw(1e-3, weights="fp16+8"))
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> overflow = {"w": jnp.full((4, 32), jnp.inf, jnp.float16)}
+    >>> params, opt_state = lowmem.step(tx, overflow, opt_state, params)
+    >>> print(opt_state.scale, opt_state.skipped)
+    16384.0 1
   """
 
   scale: jax.Array
@@ -69,16 +104,26 @@ class LossScaleState(NamedTuple):
 
 
 class EmaState(NamedTuple):
-  """State of `ema`.
+  """The state of :func:`optax_lowmem.ema`.
 
   Attributes:
-    formats: the formats by leaf name, as in `DeltaBitsState`.
-    count: int32 scalar, the updates so far; it numbers the random bits.
+    formats: the formats by leaf name, as in :class:`optax_lowmem.DeltaBitsState`.
+    count: int32 scalar, the number of updates so far, which selects the random
+      bits.
     key: uint32 [2], raw key data.
-    ema: the sums, the parameters' tree, each leaf in its format.
-    residuals: their residuals, packed as the weights' are; None where there is none.
-    correction: float32 scalar, what the sums are divided by: `1 - decay**count`,
-      or 1 with `debias=False`.
+    ema: the sums in the tree of the parameters, each leaf in its format.
+    residuals: the residuals of the sums, packed like those of weights; None for a
+      leaf without one.
+    correction: float32 scalar, the divisor of the sums: ``1 - decay**count``, or 1
+      with ``debias=False``.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> average = lowmem.ema(0.9)
+    >>> _, state = average.update({"w": jnp.ones(32)}, average.init({"w": jnp.ones(32)}))
+    >>> print(state.count, f"{state.correction:.1f}", state.ema["w"].dtype)
+    1 0.1 bfloat16
   """
 
   formats: Formats
@@ -92,12 +137,12 @@ class EmaState(NamedTuple):
 def leaf_streams(
   words, step, names: Iterable[str], micro_batch: jax.typing.ArrayLike = 0
 ) -> dict[str, jax.Array]:
-  """Each leaf's words of the random stream at a step, by name."""
+  """The words of each leaf's random stream at a step, uint32 [2] by name."""
   names = sorted(names)
   if not names:
     return {}
   keys = stream_keys(words, step, [leaf_id(name) for name in names], micro_batch)
-  # Behind a barrier: fused into a leaf's program, its place in keys would make it one of its own.
+  # Without the barrier, XLA fuses keys[i] into the leaf's program, and i makes each program unique.
   words = jax.lax.optimization_barrier([keys[i] for i in range(len(names))])
   return dict(zip(names, words, strict=True))
 
@@ -110,19 +155,19 @@ def check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, j
     if fmt is None:
       if pytrees.is_half(leaf):
         raise TypeError(
-          f"params{name} is {leaf.dtype}, but it had no format when the state was made from"
-          " float32 parameters. Make the state with lowmem.init(tx, params32), or after casting."
+          f"params{name} is {leaf.dtype}, but it was float32 and had no format when the state was"
+          " made. Make the state with lowmem.init(tx, params32), or after casting."
         )
       continue
     checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
   for name, _ in formats.table:
     if name not in weights_by_name:
-      raise ValueError(f"The state holds a residual for params{name}, which params do not have.")
+      raise ValueError(f"The state holds a residual for params{name}, but params lack that leaf.")
   return by_name
 
 
 def was_taken(old_inner, new_inner) -> jax.Array | int:
-  """1, or 0 where a loss scale inside skipped the step: then no random bits are used up."""
+  """1, or 0 if a loss scale inside skipped the step; a skipped step uses no random bits."""
   skips = [
     new.skipped != old.skipped
     for old, new in zip(

@@ -1,1 +1,1 @@
-"""Names, formats and variables of the leaves of pytrees."""
+"""The leaves of pytrees: their names, formats and NNX variables."""

@@ -1,9 +1,9 @@
-"""Formats: how a state's leaves are stored, and the mark by which a checkpoint tells.
+"""Formats: the storage of a state's leaves, and the mark that identifies it in a checkpoint.
 
-The table of formats is static. So that a restore into other formats, or by a
-version that stores them otherwise, cannot go unseen, a `Formats` has one leaf,
-a scalar, whose *name* in the tree says both: checkpoint libraries compare
-names, and cast dtypes without a word.
+The table of formats is static. A checkpoint must not be restored silently into
+other formats, or by a version that stores them differently. So ``Formats`` has
+one leaf, a scalar, whose *name* in the tree spells out version and formats:
+checkpoint libraries compare names, but cast dtypes silently.
 """
 
 import collections
@@ -20,18 +20,18 @@ import optax
 from pallas_kernels.formats.state_formats import StateFormat
 from pallas_kernels.formats.weights import DeltaFormat
 
-# Raised whenever saved arrays, or the random stream, come to mean something else.
+# Increase this whenever the meaning of saved arrays or of the random stream changes.
 VERSION = 1
 
 
 class Statistic(NamedTuple):
-  """What is known of a statistic that is stored.
+  """The description of a stored statistic.
 
   Attributes:
-    format: how.
-    parameter: the name of the parameter that it belongs to.
-    number: which of that parameter's statistics it is; says where its random
-      bits come from.
+    format: its format.
+    parameter: the name of its parameter.
+    number: its number among the parameter's statistics, which selects its random
+      bits.
   """
 
   format: StateFormat
@@ -41,10 +41,10 @@ class Statistic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Table:
-  """The static part.
+  """The static part of ``Formats``.
 
-  An empty table equals every other: `optax.tree.map_params` compares a state
-  with the one that `init` makes of a placeholder without leaves.
+  An empty table equals every other, because ``optax.tree.map_params`` compares a
+  state with the one that ``init`` makes for a placeholder without leaves.
   """
 
   entries: tuple[tuple[str, Any], ...]
@@ -63,7 +63,7 @@ class _Table:
 
   @functools.cached_property
   def label(self) -> str:
-    """Version, formats with their leaves, and a digest: "optax_lowmem 1: bf16+8 x 24, 1f0c3b5e"."""
+    """Version, formats with leaf counts, and a digest: "optax_lowmem 1: bf16+8 x 24, 1f0c3b5e"."""
     spelt = [(name, _spell(name, known), known) for name, known in self.entries]
     counts = collections.Counter(text for _, text, _ in spelt)
     formats = ", ".join(f"{text} x {count}" for text, count in sorted(counts.items()))
@@ -73,7 +73,7 @@ class _Table:
 
 
 def _spell(name: str, known: DeltaFormat | Statistic) -> str:
-  """A format as labels spell it: "bf16+8", or "mu int8" with the statistic's field."""
+  """A format in a label: "bf16+8", or with a statistic's field, "mu int8"."""
   if isinstance(known, Statistic):
     field = name.removesuffix(known.parameter).rsplit(".", 1)[-1]
     return f"{field} {known.format.name}{' squares' * known.format.is_square}"
@@ -83,7 +83,7 @@ def _spell(name: str, known: DeltaFormat | Statistic) -> str:
 
 
 class Formats:
-  """The formats of the leaves that a state holds, by name.
+  """The formats of a state's leaves, by name.
 
   Attributes:
     mark: the leaf, a uint32 scalar; None in a table that belongs to no state.
@@ -94,19 +94,19 @@ class Formats:
     self.mark = mark
 
   def marked(self, params) -> Any:
-    """For a new state: with a buffer of its own, since states are donated.
+    """The formats for a new state, with a mark in a buffer of its own, as states are donated.
 
     Args:
-      params: what `init` was called with. `optax.tree.map_params` calls it with
-        a placeholder, and maps over what comes out: there a leaf stands for
-        the formats, so that the state keeps its own.
+      params: the argument of ``init``. ``optax.tree.map_params`` calls ``init``
+        with a placeholder and maps over the result. One leaf then represents the
+        formats, so the mapped state keeps its own.
     """
     if isinstance(params, _placeholder_type()):
       return _OfTheState()
     return Formats(self.table, jnp.array(VERSION, jnp.uint32))
 
   def get(self, name: str) -> Any | None:
-    """The format of a leaf, or None where it is left alone."""
+    """The format of a leaf; None if the leaf is left alone."""
     return self.by_name.get(name)
 
   @property
@@ -121,7 +121,7 @@ class Formats:
 
   @property
   def label(self) -> str:
-    """The mark's name: version and formats."""
+    """The name of the mark: version and formats."""
     return self._table.label
 
   def __eq__(self, other):
@@ -140,12 +140,12 @@ class Formats:
 
 
 class _OfTheState:
-  """Stands for any formats in the state that `init` makes of a placeholder."""
+  """Represents any formats in the state that ``init`` makes for a placeholder."""
 
 
 @functools.cache
 def _placeholder_type() -> type:
-  """The type of the parameters that `optax.tree.map_params` calls `init` with."""
+  """The type of the placeholder that ``optax.tree.map_params`` passes to ``init``."""
   found: list[type] = []
   optax.tree.map_params(lambda params: found.append(type(params)), lambda x: x, None)
   return found[0]
@@ -177,9 +177,9 @@ def _from_state_dict(formats: Formats, state: dict[str, Any]) -> Formats:
   if state is None or set(state) != {formats.label}:
     found = ", ".join(map(repr, state or ())) or "no formats at all"
     raise ValueError(
-      f"The checkpoint holds {found} at {flax.serialization.current_path()}, and the target is"
-      f" {formats.label!r}: restore it with the version and the formats that it was saved with."
-      " lowmem.master_params and lowmem.init take it to other formats from there."
+      f"The checkpoint holds {found} at {flax.serialization.current_path()}, but the target is"
+      f" {formats.label!r}. Restore it with the version and the formats that saved it. To change"
+      " the formats afterwards, use lowmem.master_params and lowmem.init."
     )
   return Formats(formats.table, state[formats.label])
 

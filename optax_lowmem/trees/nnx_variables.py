@@ -1,9 +1,10 @@
-"""Flax NNX variables in the trees that transformations are given.
+"""Flax NNX variables in the arguments of transformations.
 
-`nnx.Optimizer` calls `tx.init` with a State of variables and `tx.update` with
-plain arrays; whoever splits a model calls both with variables. Ours see plain
-arrays alone. Their states then hold each array as a variable of its own, with
-the metadata of the parameter that it belongs to: NNX shards and saves by them.
+``nnx.Optimizer`` calls ``tx.init`` with a State of variables and ``tx.update``
+with plain arrays. A loop that splits a model passes variables to both. Our
+transformations see plain arrays only. Their states then hold each array as a
+variable with the metadata of its parameter, because NNX uses the metadata to
+shard and to save.
 """
 
 import functools
@@ -21,7 +22,7 @@ from pallas_kernels.formats.state_formats import Blocks
 
 
 def transformation(init, update) -> optax.GradientTransformationExtraArgs:
-  """A transformation of two functions that see plain arrays."""
+  """A transformation made of two functions that see plain arrays only."""
 
   @functools.wraps(init)
   def init_variables(params):
@@ -41,19 +42,19 @@ def transformation(init, update) -> optax.GradientTransformationExtraArgs:
 
 
 def like(tree, arrays):
-  """A tree of plain arrays with the variables of another."""
+  """Puts a tree of plain arrays into the variables of another tree."""
   return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
 
 
 def pure(tree):
-  """A tree with arrays instead of variables."""
-  # Importing NNX takes 0.2 s; before it is imported, there are no variables.
+  """Replaces the variables in a tree by their arrays."""
+  # Importing NNX takes 0.2 s, and without that import there are no variables.
   nnx = sys.modules.get("flax.nnx")
   return tree if nnx is None else nnx.as_pure(tree)
 
 
 def annotate(state, params):
-  """An optimizer state of plain arrays, as variables where a parameter is one."""
+  """Makes variables of the arrays in an optimizer state whose parameters are variables."""
   variables = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable)
   owners = {
     (*path, *rest): (variable, leaf)
@@ -73,7 +74,7 @@ def annotate(state, params):
 
 
 def _variable_like(variable, parameter, x):
-  """An array as its parameter's variable; as it is where it has other axes."""
+  """Makes an array a variable like its parameter; an array of another rank stays as it is."""
   if x.ndim != parameter.ndim:
     return x
   metadata = variable.get_metadata()
@@ -86,10 +87,10 @@ def _variable_like(variable, parameter, x):
 
 
 def _fit(sharding, metadata: dict[str, Any], shape):
-  """A parameter's sharding without the axes of the mesh that do not divide this last axis.
+  """A parameter's sharding, without the mesh axes that do not divide this last axis.
 
-  Packed residuals and block scales have the parameter's axes, but for the
-  size of the last one; JAX refuses shards of unequal size.
+  Packed residuals and block scales have the parameter's axes, but the last one
+  differs in size. JAX refuses shards of unequal size.
   """
   if isinstance(sharding, NamedSharding):
     spec = _fit(sharding.spec, metadata | {"mesh": sharding.mesh}, shape)

@@ -1,4 +1,4 @@
-"""Pytrees: leaf names for errors, and the places of our states in an opt_state."""
+"""Pytrees: leaf names for errors, and our states within an opt_state."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,27 +12,38 @@ HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def name_of(path) -> str:
-  """A leaf's name in errors and in format tables, such as "['dense']['kernel']"."""
+  """A leaf's name in errors and in format tables, for example "['dense']['kernel']"."""
   return jax.tree_util.keystr(plain_path(path)) or "params"
 
 
 def plain_path(path):
-  """A leaf's path, the same with and without NNX variables."""
+  """A leaf's path without the part that NNX variables add."""
   return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
 def named_leaves(tree) -> dict[str, Any]:
-  """The leaves by name; None and MaskedNode are no leaves."""
+  """The leaves by name; None and MaskedNode are not leaves."""
   return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def map_named(f, tree, *rest):
-  """`jax.tree.map` with the leaf's name first."""
+  """``jax.tree.map`` of a function whose first argument is the leaf's name."""
   return jax.tree_util.tree_map_with_path(lambda path, *xs: f(name_of(path), *xs), tree, *rest)
 
 
 def owner(path, weights) -> int | None:
-  """Where the longest path of a parameter begins that a path in inner's state ends in."""
+  """Finds the parameter of an array in an optimizer state.
+
+  The array's path ends in the path of its parameter.
+
+  Args:
+    path: the path of the array.
+    weights: the paths of the parameters.
+
+  Returns:
+    The index in path at which the longest matching parameter path begins; None if
+    none matches.
+  """
   return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
 
 
@@ -59,7 +70,7 @@ def _has_value(x) -> bool:
 
 
 def sharded_like(inner_state, params):
-  """A state whose arrays at parameters' places, and of their shapes, are sharded like them."""
+  """Shards the arrays of a state like their parameters, where the shapes are equal."""
   weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
   def place(path, x):
@@ -74,7 +85,7 @@ def sharded_like(inner_state, params):
 
 
 def find_states(tree, kind: type) -> Iterator[Any]:
-  """Every state of a type in an opt_state, outer ones first."""
+  """Yields every state of a type in an opt_state, outer ones first."""
   for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind)):
     if isinstance(node, kind):
       yield node
@@ -82,24 +93,24 @@ def find_states(tree, kind: type) -> Iterator[Any]:
 
 
 def check_same_structure(tree, params, what: str):
-  """Raises a ValueError that names the first leaf in which two trees differ."""
+  """Raises a ValueError that names the first leaf that only one of two trees has."""
   if jax.tree.structure(tree) == jax.tree.structure(params):  # type: ignore[operator]
     return
   found, wanted = named_leaves(tree), named_leaves(params)
   for name in wanted:
     if name not in found:
-      raise ValueError(f"{what} have no leaf {name}, which params have.")
+      raise ValueError(f"{what} have no leaf {name}, but params do.")
   for name in found:
     if name not in wanted:
-      raise ValueError(f"{what} have a leaf {name}, which params do not have.")
+      raise ValueError(f"{what} have a leaf {name}, but params do not.")
   raise ValueError(
-    f"{what} and params have the same leaves in different containers:"
+    f"{what} and params have the same leaves but different containers:"
     f" {jax.tree.structure(tree)} and {jax.tree.structure(params)}."
   )
 
 
 def check_gradients(grads, params, what: str = "grads"):
-  """Raises where gradients cannot belong to params, naming the leaf."""
+  """Raises if gradients do not match params; the message names the leaf."""
   check_same_structure(grads, params, what)
   wanted = named_leaves(params)
   for name, g in named_leaves(grads).items():
@@ -108,5 +119,6 @@ def check_gradients(grads, params, what: str = "grads"):
       raise ValueError(f"{what}{name} has shape {jnp.shape(g)}; its parameter has {jnp.shape(p)}.")
     if is_float(p) and not is_float(g):
       raise TypeError(
-        f"{what}{name} is {jnp.result_type(g)}; the gradient of a {p.dtype} parameter is a float."
+        f"{what}{name} is {jnp.result_type(g)}; the gradient of a {p.dtype} parameter must be a"
+        " float."
       )
