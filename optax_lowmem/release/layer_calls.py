@@ -1,12 +1,12 @@
-"""The layers that a loss function calls, each of which hands its gradients on and forgets them.
+"""The layers that a loss function calls; each passes its gradients on and drops them.
 
-A layer is a `jax.custom_vjp`: forward it keeps its inputs, backward it computes
-the layer again, takes its gradients, and gives the weights' gradients to a
-`consume` function instead of returning them. That function is ordinary Python,
-called while the backward pass is traced: it keeps the new optimizer state in
-the very trace that called `jax.vjp`. So layers are called in that trace alone,
-and no `jax.Ref` is needed. A scalar input that is differentiated makes JAX run
-the backward rule.
+A layer is a ``jax.custom_vjp``. Its forward rule keeps the inputs. Its backward
+rule computes the layer again, differentiates it, and passes the gradients of the
+weights to a ``consume`` function instead of returning them. That function is
+ordinary Python, called while the backward pass is traced, and keeps the new
+optimizer state in the trace that called ``jax.vjp``. So layers may be called in
+that trace only, and no ``jax.Ref`` is needed. A scalar dummy input that is
+differentiated makes JAX run the backward rule.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -26,7 +26,7 @@ class Group:
 
   Attributes:
     key: the key.
-    names: the leaves' names in the whole tree, in order.
+    names: the names of the leaves in the whole tree, in order.
   """
 
   def __init__(self, key, entry, subtree):
@@ -35,12 +35,12 @@ class Group:
     self.names = [pytrees.name_of((entry, *path)) for path, _ in leaves]
 
   def join(self, by_name: Mapping[str, Any]):
-    """The subtree, with these leaves."""
+    """The subtree with these leaves."""
     return jax.tree.unflatten(self._treedef, [by_name[name] for name in self.names])
 
 
 def groups(params) -> dict[Any, Group]:
-  """The top level of the parameters: a dict, a list, a NamedTuple or another container."""
+  """The groups at the top level of params: a dict, a list, a NamedTuple or another container."""
   children, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is not params)
   if not children or not children[0][0]:
     raise ValueError(
@@ -55,7 +55,7 @@ def groups(params) -> dict[Any, Group]:
 
 
 class Layers(Mapping):
-  """What a loss function gets in the place of params: `layers[key]` can be called."""
+  """The argument of a loss function that replaces params: ``layers[key]`` is callable."""
 
   def __init__(self, handles: Mapping[Any, "Layer"]):
     self._handles = handles
@@ -63,11 +63,11 @@ class Layers(Mapping):
   def __getitem__(self, key) -> "Layer":
     """The layer of a key of the parameters."""
     if key not in self._handles:
-      raise KeyError(f"params have no {key!r} at their top level; they have {[*self._handles]}.")
+      raise KeyError(f"params have no {key!r} at the top level; they have {[*self._handles]}.")
     return self._handles[key]
 
   def __getattr__(self, name: str) -> "Layer":
-    """The layer of a field, where params are a NamedTuple or a dataclass."""
+    """The layer of a field if params are a NamedTuple or a dataclass."""
     if name.startswith("__") or name not in self._handles:
       raise AttributeError(name)
     return self._handles[name]
@@ -80,34 +80,34 @@ class Layers(Mapping):
 
 
 class Layer:
-  """The parameters below one key, to be called with the function that uses them."""
+  """The parameters below one key; call it with the function that uses them."""
 
   def __init__(self, call: Callable, scan: Callable):
     self._call, self._scan = call, scan
 
   def __call__(self, fn, *args):
-    """`fn(params[key], *args)`."""
+    """Computes ``fn(params[key], *args)``."""
     return self._call(fn, args)
 
   def __getitem__(self, key):
     raise TypeError(
-      "A layer's parameters are what the function that it is called with gets:"
+      "A layer cannot be indexed. Pass layers[key] a function that takes its parameters:"
       " layers[key](lambda params, x: ..., x)."
     )
 
   def scan(self, fn, x, *args):
-    """`x = fn(params[key][l], x, *args)` for each layer of a stack, l = 0 .. L-1."""
+    """Computes ``x = fn(params[key][l], x, *args)`` for each layer of a stack, l = 0 .. L-1."""
     return self._scan(fn, x, args)
 
 
 def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> Layers:
-  """Layers that only call their functions, and add to uses how: "call" or "scan"."""
+  """Layers that only call their functions and record each use, "call" or "scan", in uses."""
   trace = get_opaque_trace_state(convention="flax")
 
   running: list[Any] = []
 
   def run(key, fn, *args):
-    """The function's result; it calls no other layer."""
+    """Calls a layer's function, which must not call another layer."""
     running.append(key)
     try:
       return fn(*args)
@@ -117,14 +117,14 @@ def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> 
   def used(key, how: str):
     if running:
       raise ValueError(
-        f"layers[{key!r}] is called inside the function of layers[{running[-1]!r}]; layers are"
-        " called one after the other."
+        f"layers[{key!r}] is called inside the function of layers[{running[-1]!r}]. Call layers one"
+        " after the other."
       )
     if get_opaque_trace_state(convention="flax") != trace:
       raise ValueError(
         f"layers[{key!r}] is called inside a transformation of the loss function (scan, cond, vmap,"
-        " jit, checkpoint, ...). Put that inside the function that the layer is called with, or"
-        " use layers[key].scan for stacked layers; every layer is rematerialised already."
+        " jit, checkpoint, ...). Move the transformation into the function that the layer calls,"
+        " or use layers[key].scan for stacked layers. Every layer is rematerialised already."
       )
     uses[key].append(how)
 
@@ -151,7 +151,7 @@ def probe(all_groups: dict[Any, Group], by_name, uses: dict[Any, list[str]]) -> 
 
 
 def check_stack(group: Group, weights):
-  """Raises where weights are no stack of layers."""
+  """Raises if weights are not a stack of layers."""
   lengths = {
     name: jnp.shape(x)[:1] for name, x in zip(group.names, jax.tree.leaves(weights), strict=True)
   }
@@ -162,14 +162,14 @@ def check_stack(group: Group, weights):
     if not length or length != lengths[first]:
       raise ValueError(
         f"layers[{group.key!r}].scan: params{name} has {length or 'no'} layers along its first"
-        f" axis and params{first} has {lengths[first]}."
+        f" axis, but params{first} has {lengths[first]}."
       )
 
 
 class _Arrays:
-  """A tree whose arrays are split into those with a derivative and others.
+  """A tree whose arrays are split into differentiable ones and others.
 
-  Python scalars, strings and the like stay as they are.
+  Leaves that are not arrays (Python scalars, strings) stay as they are.
   """
 
   def __init__(self, tree):
@@ -184,7 +184,7 @@ class _Arrays:
     return [(i, x) for i, x in enumerate(leaves) if i not in self._static]
 
   def join(self, smooth, others):
-    """The tree again, with these arrays."""
+    """The tree with these arrays."""
     smooth, others = iter(smooth), iter(others)
     leaves = [
       self._static[i] if i in self._static else next(smooth if is_wide else others)
@@ -194,43 +194,43 @@ class _Arrays:
 
 
 class Backward(Protocol):
-  """What is done with the gradients in a backward pass."""
+  """The use of the gradients in a backward pass."""
 
   def start(self, names: Collection[str]) -> Any:
-    """A tree of arrays to begin a layer with."""
+    """The initial carry of a layer, a tree of arrays."""
 
   def lows(self, names: Collection[str], carry) -> dict[str, jax.Array]:
-    """The weights of these names, as they are now."""
+    """The current weights of these names."""
 
   def consume(self, gradients: dict[str, jax.Array], carry, index) -> Any:
-    """The carry after a layer's gradients; index is its place in a stack, or None."""
+    """Uses a layer's gradients; returns the new carry. index is its place in a stack, or None."""
 
   def after(self, ct, carry) -> Any:
-    """The cotangents that go on to the layer before, once the carry is there."""
+    """The cotangents for the preceding layer, made to depend on the carry."""
 
   def finish(self, names: Collection[str], carry):
-    """Takes the carry when a layer, or a whole stack, is done."""
+    """Takes the final carry of a layer or of a whole stack."""
 
 
 class Releasing:
-  """Layers whose backward pass gives gradients away.
+  """Layers whose backward pass passes gradients on.
 
   Args:
-    all_groups: the parameters' top level.
-    released: names of the leaves whose gradients are given away.
-    backward: what to do with the gradients.
+    all_groups: the groups at the top level of the parameters.
+    released: the names of the leaves whose gradients go to backward.
+    backward: a ``Backward``, which uses the gradients.
   """
 
   def __init__(self, all_groups: Mapping[Any, Group], released: Collection[str], backward):
     self._groups, self._released, self.backward = all_groups, released, backward
 
   def layers(self, dummy, collected: Mapping[str, Any], fixed: Mapping[str, Any]) -> Layers:
-    """What the loss function gets.
+    """The layers to pass to the loss function.
 
     Args:
       dummy: a float32 scalar that is differentiated.
-      collected: leaves whose gradients JAX returns, by name.
-      fixed: leaves that have no gradient, by name.
+      collected: the leaves whose gradients JAX returns, by name.
+      fixed: the leaves that have no gradient, by name.
     """
 
     def handle(group: Group) -> Layer:
@@ -253,7 +253,7 @@ class Releasing:
 
   def _call(self, group: Group, released, mine, others, dummy, fn, args):
     split = _Arrays(args)
-    is_smooth: list[bool] = []  # whether something is differentiated by an argument
+    is_smooth: list[bool] = []  # whether each argument is differentiated
 
     def compute(lows, mine, smooth, exact):
       with _no_closures(group.key):
@@ -274,7 +274,7 @@ class Releasing:
       ct = _with_zeros(ct)
       state = self.backward.start(released)
       lows = self.backward.lows(released, state)
-      # Or the recomputation would be found to be the forward pass, and all of that kept.
+      # Otherwise XLA merges the recomputation with the forward pass and keeps its intermediates.
       (lows, (mine, smooth, exact)), ct = _barrier((lows, inputs), ct)
       wrt, whole = _choose(smooth, is_smooth)
 
@@ -303,7 +303,7 @@ class Releasing:
         return fn(w, split_x.join(*x), *split_args.join(smooth, exact))
 
     def run(mine, x, smooth, exact):
-      """The last x, and all before it."""
+      """The last x, and the x before each layer."""
       stacks = self._now(released), mine, others
 
       def body(x, w):
@@ -362,12 +362,12 @@ class Releasing:
 
 
 def _values(primals):
-  """What `custom_vjp` gives a forward function with symbolic_zeros, as arrays."""
+  """The arrays in the arguments that ``custom_vjp`` passes with symbolic_zeros."""
   return jax.tree.map(lambda x: x.value, primals)
 
 
 def _with_zeros(ct):
-  """The cotangents, with arrays for symbolic zeros."""
+  """Replaces symbolic zeros among cotangents by arrays."""
   is_zero = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
 
   def instantiate(x):
@@ -381,7 +381,7 @@ def _with_zeros(ct):
 
 
 def _choose(arrays, chosen: list[bool]):
-  """The chosen arrays, and a function that puts such back among the others."""
+  """The chosen arrays, and a function that puts their replacements back among the others."""
   some = [x for x, choose in zip(arrays, chosen, strict=True) if choose]
 
   def whole(some):
@@ -392,13 +392,13 @@ def _choose(arrays, chosen: list[bool]):
 
 
 def _spread(some, chosen: list[bool]):
-  """The chosen ones' cotangents, and None for the others."""
+  """The cotangents of the chosen arrays, and None for the others."""
   some = iter(some)
   return [next(some) if choose else None for choose in chosen]
 
 
 def _barrier(kept, ct):
-  """Both again, but nothing can be computed of one before the other is there."""
+  """Returns both unchanged, but XLA can use neither before both exist."""
   leaves, treedef = jax.tree.flatten((kept, ct))
   is_array = [getattr(x, "dtype", None) != jax.dtypes.float0 for x in leaves]
   arrays = [x for x, keep in zip(leaves, is_array, strict=True) if keep]
@@ -408,25 +408,25 @@ def _barrier(kept, ct):
 
 
 def _check_carry(key, x, y):
-  """Raises where a layer does not return what it takes."""
+  """Raises if a stacked layer's output and input differ in structure, shape or dtype."""
   types = [[(jnp.shape(a), jnp.result_type(a)) for a in jax.tree.leaves(t)] for t in (x, y)]
   same = jax.tree.structure(x) == jax.tree.structure(y)  # type: ignore[operator]
   if not same or types[0] != types[1]:
     found, wanted = (jax.tree.map(jax.typeof, t) for t in (y, x))
     raise TypeError(
-      f"layers[{key!r}].scan: the function returns {found}; it takes {wanted}, and has to return"
+      f"layers[{key!r}].scan: the function returns {found}, but it takes {wanted} and must return"
       " the same structure, shapes and dtypes."
     )
 
 
 @contextlib.contextmanager
 def _no_closures(key):
-  """Turns JAX's error about a value of another trace into one that says what to do."""
+  """Replaces JAX's error about a value of another trace by one that names the remedy."""
   try:
     yield
   except jax.errors.UnexpectedTracerError as error:
     raise ValueError(
-      f"The function that layers[{key!r}] is called with closes over a value that depends on the"
-      " parameters of another layer, whose gradient would be lost. Pass it as an argument:"
-      f" layers[{key!r}](fn, ..., value)."
+      f"The function passed to layers[{key!r}] closes over a value that depends on the parameters"
+      " of another layer, so the gradient of that layer would be lost. Pass the value as an"
+      f" argument: layers[{key!r}](fn, ..., value)."
     ) from error

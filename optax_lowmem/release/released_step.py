@@ -1,7 +1,7 @@
-"""One training step with gradient release: forward, perhaps measure backward, and backward.
+"""One training step with gradient release: forward, optionally a measuring backward, backward.
 
-`_layers` calls what is here with each layer's gradients; `_leaf_steps` steps
-leaves.
+``layer_calls`` calls the classes here with each layer's gradients;
+``engine.leaf_steps`` steps the leaves.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from optax_lowmem.trees import nnx_variables, pytrees
 
 
 class Options(NamedTuple):
-  """`fused_backward`'s arguments."""
+  """The arguments of ``fused_backward``."""
 
   loss_fn: Any
   has_aux: bool
@@ -29,14 +29,14 @@ class Options(NamedTuple):
 
 
 class Chain(NamedTuple):
-  """What a transformation is made of: an optimizer of ours, perhaps under a loss scale."""
+  """The parts of a transformation: one of our optimizers, optionally inside a loss scale."""
 
   optimizer: Optimizer
-  advance: Any = None  # of the loss scale
+  advance: Any = None  # the loss scale's function; None without a loss scale
 
 
 class _Measure:
-  """A backward pass that only measures: are the gradients finite, and their squares' sum."""
+  """A backward pass that only measures: whether gradients are finite, and their squared norms."""
 
   def __init__(self, lows: Mapping[str, jax.Array], inverse, clips: bool):
     self._lows, self._clips = lows, clips
@@ -62,8 +62,8 @@ class _Measure:
     return new
 
   def after(self, ct, carry):
-    # Without this XLA measures many layers at once, in the end, and keeps their gradients for it.
-    # The condition always holds, which no compiler finds out.
+    # Otherwise XLA measures many layers together at the end, and keeps their gradients until then.
+    # The condition always holds, but no compiler can prove that.
     marks = [jax.lax.bitcast_convert_type(total, jnp.uint32) for total, _ in carry.values()]
     marks += [finite.astype(jnp.uint32) for _, finite in carry.values()]
     if not marks:
@@ -101,8 +101,8 @@ class _Apply:
   def finish(self, names, carry):
     if again := self.stepped & set(names):
       raise ValueError(
-        f"params{min(again)} is used by a layer that is called once when the loss is first traced,"
-        " and more than once afterwards. loss_fn has to make the same calls each time."
+        f"params{min(again)} belongs to a layer that loss_fn calls once in its first trace, but more"
+        " than once afterwards. loss_fn must make the same calls every time."
       )
     self.stored |= carry
     self.stepped |= set(names)
@@ -112,7 +112,7 @@ class _Apply:
     self.finish(gradients, self.consume(gradients, self.start(gradients), None))
 
   def step_left(self, released):
-    """Steps what had no backward pass: the loss does not depend on it."""
+    """Steps the leaves that had no backward pass, because the loss does not depend on them."""
     left = sorted(released - self.stepped)
     self.step({name: jnp.zeros_like(self.stored[name].low) for name in left})
 
@@ -122,7 +122,7 @@ class Step:
 
   def __init__(self, options: Options, chain: Chain, params, opt_state):
     self._options, self._chain = options, chain
-    self._groups = layer_calls.groups(params)  # layers get their parameters as they are given
+    self._groups = layer_calls.groups(params)  # layers get parameters as given, variables included
     self._given = params, opt_state
     params, opt_state = nnx_variables.pure((params, opt_state))
     self._params, self._opt_state = params, opt_state
@@ -131,14 +131,14 @@ class Step:
     kinds = (DeltaBitsState, QuantizedState)
     if is_scaled != (chain.advance is not None) or not isinstance(inner, kinds):
       raise ValueError(
-        f"opt_state is not this optimizer's, but a {type(opt_state).__name__}. A step with tx="
-        " takes (params, opt_state, *batch), one without a lowmem.TrainState."
+        f"opt_state is not this optimizer's, but a {type(opt_state).__name__}. With tx=, the step"
+        " takes (params, opt_state, *batch); without it, a lowmem.TrainState."
       )
     self._steps = LeafSteps(chain.optimizer, inner, params, params)
     self._by_name = pytrees.named_leaves(params)
 
   def run(self, batch):
-    """The step: (loss, params, opt_state)."""
+    """Runs the step; returns (loss, params, opt_state)."""
     first, micro_batch = self._micro_batches(batch)
     self._plan(first)
     scale = loss_scaling.loss_scale(self._opt_state)
@@ -151,10 +151,10 @@ class Step:
     finished = self._finished(stored, gradients, taken, factor)
     return loss, *map(nnx_variables.like, self._given, finished)
 
-  # What is below is in the order in which it happens.
+  # The methods below are in the order in which they run.
 
   def _plan(self, batch):
-    """Traces the loss once, to see which layers are called how."""
+    """Traces the loss once to record how it calls each layer."""
     uses: dict[Any, list[str]] = {key: [] for key in self._groups}
 
     def loss_fn():
@@ -163,10 +163,10 @@ class Step:
 
     out = jax.eval_shape(loss_fn)
     if self._options.has_aux and not (isinstance(out, tuple) and len(out) == 2):
-      raise TypeError(f"With has_aux, loss_fn returns (loss, aux); got {type(out).__name__}.")
+      raise TypeError(f"With has_aux, loss_fn must return (loss, aux); got {type(out).__name__}.")
     loss = out[0] if self._options.has_aux else out
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-      raise TypeError(f"loss_fn returns a real scalar; got {loss}.")
+      raise TypeError(f"loss_fn must return a real scalar; got {loss}.")
     self._loss_dtype = loss.dtype
     released = set()
     for key, group in self._groups.items():
@@ -184,7 +184,7 @@ class Step:
     self._fixed = {name: x for name, x in kept.items() if not pytrees.is_inexact(x)}
 
   def _micro_batches(self, batch):
-    """The first micro-batch, and a function of a number for any."""
+    """The first micro-batch, and a function from a number to that micro-batch."""
     n = self._options.accumulate
     if n == 1:
       return batch, lambda i: batch
@@ -197,8 +197,8 @@ class Step:
         return jax.random.fold_in(x, i) if is_key else x
       if x.shape[0] % n:
         raise ValueError(
-          f"accumulate={n} cuts the batch along its first axis; batch{pytrees.name_of(path)} has"
-          f" shape {x.shape}."
+          f"accumulate={n} must divide the first axis of the batch; batch{pytrees.name_of(path)}"
+          f" has shape {x.shape}."
         )
       size = x.shape[0] // n
       return jax.lax.dynamic_slice_in_dim(x, i * size, size)
@@ -209,7 +209,7 @@ class Step:
     return micro(0), micro
 
   def _vjp(self, batch, backward):
-    """(loss or (loss, aux), its vjp, the layers): backward can be changed between calls."""
+    """(loss or (loss, aux), its vjp, the layers); their backward may change between calls."""
     layers = layer_calls.Releasing(self._groups, self._released, backward)
 
     def loss_fn(dummy, collected):
@@ -223,7 +223,7 @@ class Step:
     return loss, vjp, layers
 
   def _measure(self, vjp, layers, seed, inverse):
-    """A backward pass that measures: (are all gradients finite, their global norm)."""
+    """Measures in a backward pass: (whether all gradients are finite, their global norm)."""
     lows = {name: x.low for name, x in self._steps.stored.items()}
     layers.backward = _Measure(lows, inverse, self._options.clip_norm is not None)
     _, gradients = vjp(seed)
@@ -235,7 +235,7 @@ class Step:
     return jnp.all(jnp.array([finite for _, finite in in_order], bool)), norm
 
   def _once(self, batch, scale, inverse):
-    """Forward and backward of the whole batch."""
+    """Runs forward and backward of the whole batch."""
     clip_norm = self._options.clip_norm
     seed = scale.astype(self._loss_dtype)
     measures = clip_norm is not None or inverse is not None
@@ -244,7 +244,7 @@ class Step:
     loss, vjp, layers = self._vjp(batch, backward)
     if measures:
       finite, norm = self._measure(vjp, layers, seed, inverse)
-      # The second pass cannot begin before the first has ended, which XLA must not know better.
+      # Makes the second pass depend on the end of the first, in a way that XLA cannot simplify.
       go = finite if clip_norm is None else finite | (norm >= 0) | jnp.isnan(norm)
       seed = jnp.where(go, seed, 0).astype(seed.dtype)
       if inverse is not None:
@@ -258,7 +258,7 @@ class Step:
     return loss, taken, factor, backward.stored, gradients
 
   def _accumulated(self, micro_batch, scale, inverse):
-    """Forward and backward of one micro-batch after the other."""
+    """Runs forward and backward of one micro-batch after the other."""
     n = self._options.accumulate
     seed, taken = scale.astype(self._loss_dtype), None
     if inverse is not None:
@@ -301,7 +301,7 @@ class Step:
     return _Apply(self._steps, self._steps.stored if stored is None else stored, how, micro_batch)
 
   def _finished(self, stored, gradients, taken, factor):
-    """Steps what has been kept, and puts the new state together: (params, opt_state)."""
+    """Steps the leaves whose gradients were kept; returns the new (params, opt_state)."""
     steps = self._steps
     held = {name: g for name, g in gradients.items() if steps.held.get(name)}
     apply = self._apply(taken, factor, stored)
@@ -311,7 +311,7 @@ class Step:
       if name in gradients:
         g = gradients[name]
         return g if factor is None else loss_scaling.unscale(g, factor)
-      # Integers have no gradient; what Optax makes of zeros is what `lowmem.step` makes of them.
+      # Integers have no gradient. Zeros give the same result as in `lowmem.step`.
       is_number = not jnp.issubdtype(x.dtype, jax.dtypes.extended)
       return jnp.zeros_like(x) if is_number else np.zeros(x.shape, jax.dtypes.float0)
 
