@@ -2,7 +2,8 @@
 
 import functools
 
-from conftest import assert_trees_equal
+import chex
+from conftest import assert_trees_equal, mesh_of
 from flax import nnx
 import flax.serialization
 import jax
@@ -104,7 +105,7 @@ def test_is_unbiased():
   ema = lowmem.ema(decay, debias=False, weights="bf16+0")
   start, goal = 1.6875, 1.6875 + ulp / 2  # the first is on the grid
   average, state = beginning_at(jnp.full(count, start), weights="bf16+0")
-  assert (average == start).all()
+  chex.assert_trees_all_equal(average, jnp.full(count, start))
   for _ in range(20):
     average, state = jax.jit(ema.update)(jnp.full(count, goal), state)
   moved = np.asarray(average, np.float64) - start
@@ -124,13 +125,11 @@ def test_agrees_with_optax(name, debias):
     average, state = jax.jit(ema.update)(make_values(i), state)
     expected, other = jax.jit(reference.update)(make_values(i), other)
   assert state.count == other.count == 5
-  assert jax.tree.structure(average) == jax.tree.structure(expected)
+  chex.assert_type(jax.tree.leaves(average), jnp.float32)
   fmt = lowmem.DeltaFormat.parse(name)
   bits = fmt.extra_bits + (8 if fmt.dtype == jnp.bfloat16 else 11)
   tolerance = 5 * 2.0 ** -min(bits, 22) * (2 if fmt.extra_bits else 4)
-  for x, y in zip(jax.tree.leaves(average), jax.tree.leaves(expected), strict=True):
-    assert x.dtype == jnp.float32
-    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * 4)
+  chex.assert_trees_all_close(average, expected, rtol=0, atol=tolerance * 4)
   assert_trees_equal(lowmem.ema_params(state), average)
 
 
@@ -155,8 +154,7 @@ def test_begins_at_the_weights():
       lambda e, v: decay * e + (1 - decay) * np.float64(v), expected, make_values(i)
     )
     average, state = ema.update(make_values(i), state)
-  for x, y in zip(jax.tree.leaves(average), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)
+  chex.assert_trees_all_close(average, expected, rtol=2e-6, atol=2e-6)
 
 
 # The state.
@@ -175,7 +173,7 @@ def test_formats_and_bytes():
     "w": "bfloat16", "h": "bfloat16", "norm": "float32", "step": "float32",
   }  # fmt: skip
   assert state.residuals["w"].shape == (8, 24) and state.residuals["norm"] is None
-  assert jax.tree.structure(state.ema) == jax.tree.structure(params)
+  chex.assert_trees_all_equal_structs(state.ema, params)
   prefixed = lowmem.ema(
     0.9, weights={"w": "fp16+8", "h": "fp16+0", "norm": "bf16+16", "step": "fp32"}
   )
@@ -232,8 +230,7 @@ def test_the_same_bits_under_transformations():
   )
   assert_trees_equal(jitted, eager)
   assert_trees_equal(scanned, eager)
-  structs = jax.eval_shape(ema.init, make_values())
-  assert jax.tree.structure(structs) == jax.tree.structure(eager)
+  chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(ema.init, make_values()), eager)
   two = jax.tree.map(lambda x: jnp.stack([x, x]), make_values())
   states = jax.vmap(ema.init)(two)
   _, states = jax.vmap(ema.update)(two, states)
@@ -260,8 +257,7 @@ def test_other_random_bits_than_the_weights():
 def test_sharded_like_the_weights():
   ema = lowmem.ema(0.9, weights="bf16+3")
   values = [{"kernel": make_values(i)["kernel"]} for i in range(3)]
-  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  sharding = jax.sharding.NamedSharding(mesh, P("model", "data"))
+  sharding = jax.sharding.NamedSharding(mesh_of(4, 2), P("model", "data"))
   alone, sharded = ema.init(values[0]), ema.init(jax.device_put(values[0], sharding))
   assert sharded.ema["kernel"].sharding.spec == P("model", "data")
   update = jax.jit(ema.update)

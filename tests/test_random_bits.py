@@ -4,6 +4,7 @@ Each statistic is compared with a two-sided bound of 6 sigma (a false alarm in
 500 million) or a chi-square p-value above 1e-6; seeds are fixed.
 """
 
+from conftest import assert_trees_equal, mesh_of
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,11 +126,10 @@ def test_same_bits_inside_and_outside_jit_and_sharded():
   """Law 7: on 1 device and on 8."""
   key = rb.stream_keys(rb.key_words(1))[0]
   plain = rb.random_bits(key, (16, 24))
-  mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-  for spec in (("d",), (None, "d")):
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  for spec in (("data",), (None, "data")):
+    sharding = jax.sharding.NamedSharding(mesh_of(8), jax.sharding.PartitionSpec(*spec))
     sharded = jax.jit(lambda k: rb.random_bits(k, (16, 24)), out_shardings=sharding)(key)
-    assert (np.asarray(sharded) == np.asarray(plain)).all()
+    assert_trees_equal(sharded, plain)
 
 
 @pytest.mark.parametrize("key", [0, np.int64(5), jax.random.PRNGKey(0)], ids=repr)
@@ -139,10 +139,10 @@ def test_keys(key):
 
 def test_key_kinds_agree():
   typed = jax.random.key(11, impl="threefry2x32")
-  assert (rb.key_words(11) == rb.key_words(typed)).all()
-  assert (rb.key_words(typed) == rb.key_words(jax.random.key_data(typed))).all()
+  assert_trees_equal(rb.key_words(11), rb.key_words(typed))
+  assert_trees_equal(rb.key_words(typed), rb.key_words(jax.random.key_data(typed)))
   assert rb.key_words(jax.random.key(0, impl="rbg")).shape == (2,)
-  assert (jax.jit(rb.key_words)(11) == rb.key_words(11)).all()
+  assert_trees_equal(jax.jit(rb.key_words)(11), rb.key_words(11))
 
 
 @pytest.mark.parametrize("key", [True, 1.5, np.zeros(3, np.uint32), np.zeros(2, np.float32), None])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 from conftest import assert_trees_equal
 import flax
 import flax.linen as nn
@@ -34,7 +35,10 @@ def make(tx=None, cls=lowmem.TrainState, **kwargs):
 
 
 def train(state, x, steps=60):
+  chex.clear_trace_counter()
+
   @jax.jit
+  @chex.assert_max_traces(n=2)  # `step` is a Python integer at first, as in Flax
   def step(state):
     def loss_fn(params):
       loss = jnp.mean((state.apply_fn({"params": params}, x) - jnp.sin(3 * x[:, 0])) ** 2)
@@ -52,14 +56,13 @@ def train(state, x, steps=60):
 def test_trains(loss_scale):
   state, x = make(loss_scale=loss_scale)
   assert isinstance(state, train_state.TrainState)
-  assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+  chex.assert_type(jax.tree.leaves(state.params), jnp.bfloat16)
   state, loss = train(state, x)
   assert loss < 0.1
   assert state.step == 60
   assert state.loss_scale == {None: 1.0, "dynamic": 2.0**15}.get(loss_scale, 1024.0)
-  assert jax.tree.structure(state.residuals) == jax.tree.structure(state.params)
-  master = state.master_params()
-  assert_trees_equal(jax.tree.map(lambda m: m.astype(jnp.bfloat16), master), state.params)
+  chex.assert_trees_all_equal_structs(state.residuals, state.params)
+  assert_trees_equal(optax.tree.cast(state.master_params(), jnp.bfloat16), state.params)
 
 
 def test_subclass_with_fields_without_default():
@@ -90,14 +93,16 @@ def test_overwrite_with_gradient():
   state = lowmem.TrainState.create(apply_fn=None, params=params, tx=tx, loss_scale=4.0)
   grads = {
     "params": {"w": jnp.full((4, 40), 4.0, jnp.bfloat16)},
+    # Neither checked nor unscaled.
     OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(1, jnp.inf), "history": jnp.full(8, 3.0)},
   }
   state = state.apply_gradients(grads=grads)
-  assert (state.params["params"]["w"] == 0.5).all() and state.opt_state.skipped == 0
-  assert state.params[OVERWRITE_WITH_GRADIENT]["scale"] == jnp.inf  # neither checked
-  assert (state.params[OVERWRITE_WITH_GRADIENT]["history"] == 3.0).all()  # nor unscaled
-  assert (state.master_params()["params"]["w"] == 0.5).all()
-  assert state.residuals["w"].shape == (4, 40)
+  moved = jnp.full((4, 40), 0.5)
+  assert_trees_equal(state.params["params"]["w"], moved.astype(jnp.bfloat16))
+  assert_trees_equal(state.params[OVERWRITE_WITH_GRADIENT], grads[OVERWRITE_WITH_GRADIENT])
+  assert_trees_equal(state.master_params()["params"]["w"], moved)
+  assert state.opt_state.skipped == 0
+  chex.assert_shape(state.residuals["w"], (4, 40))
 
 
 def test_serialization():
@@ -122,7 +127,7 @@ def test_create_refuses():
   with pytest.raises(ValueError, match="dynamic"):
     make(loss_scale="static")
   state, _ = make(lowmem.delta_bits(optax.adamw(1e-3), "fp32"))
-  assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+  chex.assert_type(jax.tree.leaves(state.params), jnp.float32)
 
 
 def test_per_leaf_formats():
