@@ -1,12 +1,12 @@
-"""What accumulating with AdamA does to the loss: gradient release, a batch in n micro-batches.
+"""The effect of AdamA accumulation on the loss: gradient release of a batch in n micro-batches.
 
   python -m benchmarks.adama
 
-The demo's GPT on Shakespeare's plays with `lowmem.adam`, the same weights and
-batches for every n. n = 1 is the whole batch, which true accumulation equals up
-to rounding; "/ sqrt(n)" has the learning rate divided by that. The last column
-is how much smaller the blocks' largest second moments are than with the whole
-batch. Writes `benchmarks/results/adama.json`.
+Trains the demo's GPT on Shakespeare's plays with `lowmem.adam`, from the same
+weights and on the same batches for every n. n = 1 is the whole batch, which true
+accumulation equals up to rounding. "/ sqrt(n)" divides the learning rate by
+sqrt(n). The last column is the ratio of the blocks' largest second moments to
+those of the whole batch. Writes `benchmarks/results/adama.json`.
 """
 
 import functools
@@ -24,7 +24,7 @@ STEPS, BATCH, CONTEXT, SEEDS, RATE = 300, 32, 64, 3, 1e-3
 
 
 def train(n: int, rate: float, seed: int) -> tuple[float, float]:
-  """The held-out loss, and the mean second moment."""
+  """Trains once; returns the held-out loss and the mean second moment."""
   text, held_out, alphabet = data.plays()
   model = gpt.GPT(len(alphabet), 2, 96, 4, CONTEXT, jnp.bfloat16)
   rng = np.random.default_rng(seed)
@@ -41,14 +41,14 @@ def train(n: int, rate: float, seed: int) -> tuple[float, float]:
   tests = data.even_windows(held_out, 512, CONTEXT).reshape(-1, 64, CONTEXT + 1)
   held = float(np.mean([evaluate(params, batch) for batch in tests]))
   nu = state.inner_state.inner_state[0].nu
-  # Of int8 roots; a block's scale is its largest.
+  # nu stores square roots in int8; the scale of a block is its largest root.
   scales = [x for x in jax.tree.leaves(nu) if x.dtype == jnp.bfloat16]
   mean = np.mean(np.concatenate([np.ravel(np.float32(x)) ** 2 for x in scales]))
   return held, float(mean)
 
 
 def run() -> dict:
-  """The table."""
+  """Measures the table."""
   rows = []
   for n in (1, 2, 4, 8):
     for name, rate in (("as it is", RATE), ("/ sqrt(n)", RATE / n**0.5)):

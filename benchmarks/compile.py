@@ -1,19 +1,19 @@
-"""What an optimizer step costs to compile, in seconds and in kernels.
+"""The cost of compiling an optimizer step, in seconds and in kernels.
 
   python -m benchmarks.compile [--sets NAME ...] [--targets NAME ...] [--repeats N]
   python -m benchmarks.compile --plot docs/compile.png
   python -m benchmarks.compile --markdown
 
-Seconds of trace, lower and compile (wall clock, and CPU seconds of the process)
-for a CPU, and for an H100 and an A100 that are not there (the `h100` extra),
-with how many kernels differ. Each shape set and target has a process of its own
-(`--repeats` of them, the fastest counts), so that no other set's caches help;
-in it, every kind of step is compiled once for a tiny tree (which does the lazy
-imports), caches are cleared between contenders, and `optax.adamw` is measured
-first and last. Nothing is run but eager `lowmem.init`.
+Measures the seconds of trace, lower and compile (wall clock, and CPU seconds of
+the process) for a CPU, and for an H100 and an A100 that need not be present (the
+`h100` extra). Counts the distinct kernels. Each shape set and target runs in a
+process of its own, so no other set's caches help; of `--repeats` processes, the
+fastest counts. The process first compiles every kind of step for a tiny tree,
+which does the lazy imports. It clears caches between contenders and measures
+`optax.adamw` first and last. Only eager `lowmem.init` is executed.
 
-Prints tables and writes `benchmarks/results/compile.json`, from which `--plot`
-draws and `--markdown` fills docs/compile.md.
+Prints tables and writes `benchmarks/results/compile.json`. `--plot` draws that
+file, and `--markdown` fills docs/compile.md from it.
 """
 
 import argparse
@@ -56,7 +56,7 @@ ADAMW = lowmem.adamw(1e-3)
 OPTAX, STEP, UPDATE = "optax.adamw, fp32", "lowmem.step", "tx.update, apply_updates"
 JITTED, EAGER = "lowmem.init, jitted", "lowmem.init, eager"
 
-# (target, contender) -> (times optax.adamw's step, or that many seconds if they are more).
+# (target, contender) -> (multiple of optax.adamw's time, seconds); the larger one is the limit.
 LIMITS: dict[tuple[str, str], tuple[float, float]] = {
   ("h100", STEP): (3, 8),
   ("h100", UPDATE): (5, 12),
@@ -70,14 +70,14 @@ LIMITS: dict[tuple[str, str], tuple[float, float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is compiled: a step of a contender, or `lowmem.init`."""
+  """A program to compile: a contender's step, or `lowmem.init`."""
 
   name: str
   contender: contenders.Contender
 
 
 def jobs(target: str) -> list[Job]:
-  """All that are compared for a target; `optax.adamw` is the first and the last."""
+  """The jobs to compare for a target; `optax.adamw` is the first and the last."""
   ours = contenders.ours("", ADAMW)
   found = [
     Job(OPTAX, contenders.FP32_ADAMW),
@@ -94,13 +94,13 @@ def jobs(target: str) -> list[Job]:
 
 
 def clock() -> tuple[float, float]:
-  """Wall clock, and CPU seconds of this process and of what it has run (an assembler)."""
+  """Wall clock, and CPU seconds of this process and its children (an assembler)."""
   times = os.times()
   return time.perf_counter(), sum(times[:4])
 
 
 def measure(job: Job, leaf_shapes: shapes.Shapes, target: str, gpus) -> dict[str, Any]:
-  """Seconds by phase, and counts of what came out."""
+  """Compiles a job; returns seconds by phase, and counts of the compiled program."""
   if job.name == EAGER:
     return _measure_eager(job, leaf_shapes)
   on_device = (lambda tree: tree) if gpus is None else lambda tree: gpus.on_device(tree, target)
@@ -112,7 +112,7 @@ def measure(job: Job, leaf_shapes: shapes.Shapes, target: str, gpus) -> dict[str
     f, args = jax.jit(contender.init), on_device((masters,))
   else:
     step = lambda params, state, grads: contender.step(grads, state, params)
-    # In the order of the outputs, see benchmarks/step.py.
+    # In the order of the outputs; see benchmarks/step.py.
     f, args = jax.jit(step, donate_argnums=(0, 1)), on_device((params, state, grads))
   device = None if gpus is None else next(iter(gpus.sharding(target).device_set))
   jax.clear_caches()
@@ -146,11 +146,11 @@ def _measure_eager(job: Job, leaf_shapes: shapes.Shapes) -> dict[str, Any]:
   jax.block_until_ready(job.contender.init(masters))
   after = clock()
   row = _row(job, leaf_shapes, [after[0] - before[0]], [after[1] - before[1]])
-  return row | dict.fromkeys(COUNTS)  # many small programs: nothing to count in
+  return row | dict.fromkeys(COUNTS)  # eager init compiles many small programs
 
 
 def _row(job: Job, leaf_shapes: shapes.Shapes, wall: list[float], cpu: list[float]):
-  """The columns that all have; eager `init` has no phases."""
+  """The columns that all jobs share; eager `init` has no phases."""
   phases = wall if len(wall) == len(PHASES) else [None] * len(PHASES)
   return {
     "contender": job.name,
@@ -163,7 +163,7 @@ def _row(job: Job, leaf_shapes: shapes.Shapes, wall: list[float], cpu: list[floa
 
 
 def work(set_name: str, target: str, parser) -> list[dict[str, Any]]:
-  """All rows of one set and target, in this process."""
+  """Measures all rows of one set and target, in this process."""
   jax.config.update("jax_platforms", "cpu")
   gpus = None if target == "cpu" else gpu_compiler(parser)
   found = jobs(target)
@@ -182,7 +182,7 @@ def work(set_name: str, target: str, parser) -> list[dict[str, Any]]:
 
 
 def in_process(set_name: str, target: str) -> list[dict[str, Any]]:
-  """`work` in a process of its own."""
+  """Runs `work` in a process of its own."""
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder) / "rows.json"
     command = [sys.executable, "-m", "benchmarks.compile", "--work", set_name, target]
@@ -192,12 +192,12 @@ def in_process(set_name: str, target: str) -> list[dict[str, Any]]:
 
 
 def fastest(repeats: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-  """Of each contender the row of the repeat that took the fewest seconds, and its verdict."""
+  """For each contender, the row of the fastest repeat."""
   return [min(rows, key=lambda row: row["seconds"]) for rows in zip(*repeats, strict=True)]
 
 
 def judged(set_name: str, target: str, row: dict[str, Any]) -> dict[str, Any]:
-  """The row with its limit, and whether it holds."""
+  """The row with its limit and verdict."""
   limit = LIMITS.get((target, row["contender"]))
   seconds = None if limit is None else max(limit[0] * row["optax.adamw, s"], limit[1])
   if set_name in WITHOUT_LIMIT:
@@ -207,7 +207,7 @@ def judged(set_name: str, target: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(sets: list[str], targets: list[str], repeats: int) -> dict:
-  """The tables, one a target."""
+  """Measures the tables, one for each target."""
   tables: dict[str, list] = {}
   load = [os.getloadavg()[0]]
   for target in targets:
@@ -229,7 +229,7 @@ BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 def summary(results: dict) -> str:
-  """Markdown of a report: a table a target, "seconds (ratio) verdict" by contender and set."""
+  """Markdown of a report: for each target, "seconds (ratio) verdict" by contender and set."""
   parts = [
     f"JAX {results['jax']}, commit {results['commit']}, {results['date']},"
     f" {results['cores']} cores, fastest of {results['repeats']}."
@@ -259,7 +259,7 @@ def fill(page: pathlib.Path, results: dict):
 
 
 def plot(results: dict, out: pathlib.Path):
-  """Grouped bars of seconds, a panel a target; a short black line is a bar's limit."""
+  """Draws grouped bars of seconds, one panel for each target; black lines mark limits."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -291,16 +291,18 @@ def plot(results: dict, out: pathlib.Path):
 
 
 def main():
-  """Measures, or shows what was measured."""
+  """Measures, or shows the measurements of a JSON file."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
   parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-  parser.add_argument("--repeats", type=int, default=3, help="processes a set and target")
-  parser.add_argument("--plot", type=pathlib.Path, metavar="PNG", help="draw the JSON's figures")
-  parser.add_argument("--markdown", action="store_true", help="fill docs/compile.md from the JSON")
-  parser.add_argument("--out", type=pathlib.Path, help="JSON file to write or to show")
+  parser.add_argument("--repeats", type=int, default=3, help="processes for each set and target")
+  parser.add_argument("--plot", type=pathlib.Path, metavar="PNG", help="draw the JSON file")
+  parser.add_argument(
+    "--markdown", action="store_true", help="fill docs/compile.md from the JSON file"
+  )
+  parser.add_argument("--out", type=pathlib.Path, help="the JSON file to write or to show")
   parser.add_argument("--work", nargs=2, metavar=("SET", "TARGET"), help=argparse.SUPPRESS)
   args = parser.parse_args()
   out = args.out or ROOT / "benchmarks/results/compile.json"
@@ -314,7 +316,7 @@ def main():
       fill(ROOT / "docs/compile.md", results)
   else:
     if set(args.targets) - {"cpu"}:
-      gpu_compiler(parser)  # says at once where it is missing
+      gpu_compiler(parser)  # fails at once if the compiler is missing
     report(lambda: run(args.sets, args.targets, args.repeats), "compile", out)
 
 

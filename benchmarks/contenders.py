@@ -1,4 +1,4 @@
-"""Optimizers that are compared, each with its own init and step, as data."""
+"""The optimizers to compare, each with its own init and step, as data."""
 
 from collections.abc import Callable
 import contextlib
@@ -21,13 +21,14 @@ class Contender:
   """An optimizer with the weights that it steps.
 
   Attributes:
-    name: for the tables.
+    name: its name in the tables.
     init: float32 parameters -> (params, state).
     step: (grads, state, params) -> (params, state).
-    dtype: of the weights that the forward pass sees, and of their gradients.
-    is_ours: whether it is of optax_lowmem.
-    most_temporaries: of Optax alone, which XLA does in place: temporaries / state, at most.
-    context: around the trace of a step for a device that is not there.
+    dtype: the dtype of the weights that the forward pass sees, and of their gradients.
+    is_ours: whether it belongs to optax_lowmem.
+    most_temporaries: the largest ratio temporaries / state; for plain Optax only, which
+      XLA runs in place.
+    context: a context manager for tracing a step for an absent device.
   """
 
   name: str
@@ -40,7 +41,7 @@ class Contender:
 
 
 def ours(name: str, tx, dtype=BF16, apply_updates: bool = False) -> Contender:
-  """Through `lowmem.step`, or `tx.update` and `optax.apply_updates`."""
+  """A contender that uses `lowmem.step`, or `tx.update` and `optax.apply_updates`."""
 
   def step(grads, state, params):
     return lowmem.step(tx, grads, state, params)
@@ -69,7 +70,7 @@ def plain(name: str, tx, dtype=F32, most_temporaries: float = 0.01) -> Contender
 
 
 def mixed(name: str, tx, dtype=BF16) -> Contender:
-  """Optax on a float32 master, whose half-precision copy is written at each step."""
+  """Optax on float32 masters; each step writes a half-precision copy of them."""
 
   def init(params):
     return jax.tree.map(lambda x: x.astype(dtype), params), (params, tx.init(params))
@@ -85,7 +86,7 @@ def mixed(name: str, tx, dtype=BF16) -> Contender:
 
 
 def _abstract_mesh(device):
-  """What a Pallas Triton kernel wants to know of a device that is not there."""
+  """The description of an absent device that a Pallas Triton kernel needs."""
   mesh = jax.sharding.AbstractMesh(
     (),
     (),
@@ -97,7 +98,7 @@ def _abstract_mesh(device):
 
 
 def flashoptim_jax() -> list[Contender]:
-  """flashoptim-jax's AdamW through its own step; empty where it is not installed."""
+  """flashoptim-jax's AdamW through its own step; empty if it is not installed."""
   if importlib.util.find_spec("flashoptim_jax") is None:
     return []
   from flashoptim_jax import flash_adamw
@@ -128,7 +129,7 @@ OURS = [
   ours("adamw, bf16+16, bf16, bf16", lowmem.adamw(1e-3, weights="bf16+16", mu="bf16", nu="bf16")),
 ]
 
-# Compared within a row of contenders; the first is what the others are ratios to.
+# Compared within each group; times are relative to the group's first contender.
 CPU = {
   "adamw": [
     FP32_ADAMW,
@@ -139,7 +140,7 @@ CPU = {
     DEFAULT_UPDATE,
   ],
   "lion": [
-    # XLA:CPU copies mu, which two of its loops read: no matter of donation, see `check_in_place`.
+    # XLA:CPU copies mu because two of its loops read it; donation cannot prevent that.
     plain("optax.lion, fp32", optax.lion(1e-4), most_temporaries=0.51),
     ours("lion, bf16+8, int8", lowmem.lion(1e-4)),
   ],

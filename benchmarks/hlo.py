@@ -1,4 +1,4 @@
-"""What XLA made of a program, counted from the text of the compiled module."""
+"""Counts of a compiled program's parts, from the text of its module."""
 
 import re
 
@@ -14,7 +14,7 @@ _NAME = re.compile(r"%[\w.-]+")
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """The instructions of each computation, and the name of the one that runs first."""
+  """The instructions of each computation, and the name of the entry computation."""
   bodies: dict[str, list[str]] = {}
   entry = name = ""
   for line in text.splitlines():
@@ -35,7 +35,7 @@ def operation(line: str) -> str:
 
 
 def count_launches(text: str) -> dict[str, int]:
-  """Operations of a compiled module that start something on the GPU, by kind."""
+  """The number of operations in a compiled module that launch work on the GPU, by kind."""
   bodies, entry = computations(text)
   counts: dict[str, int] = {"fusions": 0, "kernels": 0, "others": 0}
   pending = [entry]
@@ -53,25 +53,25 @@ def count_launches(text: str) -> dict[str, int]:
 
 
 def donated(text: str) -> list[tuple[int, int]]:
-  """Which result is written over which argument, by number."""
+  """Pairs (result, argument) of numbers: the result overwrites the argument."""
   pairs = re.findall(r"\{(\d+)\}: \((\d+), \{\}", text.partition("\n")[0])
   return [(int(result), int(argument)) for result, argument in pairs]
 
 
 def cost(text: str) -> dict[str, int]:
-  """What there is to compile: distinct kernels, fusions, instructions.
+  """Counts the work of the compiler: distinct kernels, fusions, instructions.
 
-  Two fusions are one kernel where their computations are the same but for names
-  and metadata, which is when XLA:GPU compiles them once. Custom calls (Mosaic,
-  Triton) are told apart by target and payload. "that compute" are those that do
-  more than copy, cut, join and convert. The instructions are those of all
+  Two fusions count as one kernel if their computations differ only in names and
+  metadata, because XLA:GPU then compiles them once. Custom calls (Mosaic, Triton)
+  are distinguished by target and payload. "that compute" counts the kernels that
+  do more than copy, cut, join and convert. Instructions are counted over all
   computations.
   """
   bodies, _ = computations(text)
   every = [line for lines in bodies.values() for line in lines]
   inner = {_called(line) for line in every if operation(line) == "fusion"}
   calls: set[str] = set()
-  # Kind and computation, and whether it computes.
+  # (kind, computation) -> whether the kernel computes anything.
   kernels: dict[tuple[str, str], bool] = {}
   fusions = 0
   for line in (line for name in bodies if name not in inner for line in bodies[name]):
@@ -101,7 +101,7 @@ def _called(line: str) -> str:
 
 
 def _plain(bodies, name: str) -> str:
-  """A computation without names and metadata; with those that it calls."""
+  """The text of a computation and its callees, without names and metadata."""
   text = _METADATA.sub("", "\n".join(bodies[name]))
   called = _CALLED.findall(text)
   names: dict[str, str] = {}
@@ -111,6 +111,6 @@ def _plain(bodies, name: str) -> str:
 
 
 def _payload(line: str) -> str:
-  """A custom call's target and what it was given to compile."""
+  """The target of a custom call, and the payload that it compiles."""
   target = _word(r'custom_call_target="[^"]*"', line)
   return target + line.partition("backend_config=")[2]

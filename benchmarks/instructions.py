@@ -1,14 +1,14 @@
-"""Instructions that the H100 executes for an element, read off the compiled kernels (SASS).
+"""Counts the instructions that an H100 executes for an element, from compiled kernels (SASS).
 
   python -m benchmarks.instructions
 
-Compiles for an H100, needs the `h100` extra and no GPU:
+It compiles for an H100 and needs the `h100` extra, but no GPU:
 
 - `apply_update` with stochastic and with truncating rounding; the difference is
-  the random stream (the index, the mixer, the threshold);
+  the random stream (index, mixer and threshold);
 - the whole step of each optimizer.
 
-What it leaves out: how instructions overlap with memory; only a GPU can tell.
+It does not show how instructions overlap with memory traffic; that takes a GPU.
 """
 
 import os
@@ -16,14 +16,14 @@ import re
 import subprocess
 import sys
 
-# The number of integer instructions that an H100 issues while its memory moves
-# one byte: 132 multiprocessors x 64 a clock x 1.755 GHz (boost, SXM), 3.35 TB/s.
+# Integer instructions that an H100 issues while its memory moves one byte:
+# 132 multiprocessors x 64 a clock x 1.755 GHz (boost, SXM), 3.35 TB/s.
 PER_BYTE = 132 * 64 * 1.755e9 / 3.352e12
 ISSUED_PER_BYTE = 2 * PER_BYTE  # of all kinds, at most
 ELEMENTS_A_THREAD = 8
 FORMATS = {"bf16+0": 8, "bf16+8": 10, "bf16+16": 12, "fp16+8": 10}  # bytes an element
 
-STEPS = {  # what to compile, and the bytes that it moves an element
+STEPS = {  # the optimizer to compile -> bytes that its step moves an element
   "adamw(1e-3)": 12.25,
   'adamw(1e-3, weights="bf16+0")': 10.25,
   'adamw(1e-3, weights="fp16+8")': 12.25,
@@ -59,7 +59,7 @@ h100.compiled(
 
 
 def count(program: str) -> int:
-  """Instructions of one thread of the kernel that a program compiles, from its disassembly."""
+  """Counts the instructions of one thread in the disassembly of a program's kernel."""
   environment = os.environ | {
     "MOSAIC_GPU_DUMP_SASS": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -88,9 +88,7 @@ def main():
       f"{name:8}  {plain:8.1f}  {full:10.1f}  {full - plain:6.1f}"
       f"  {PER_BYTE * nbytes:.0f} ({nbytes} bytes)"
     )
-  print(
-    "\nlowmem.step, SASS instructions an element, and how many an H100 issues while it moves it"
-  )
+  print("\nlowmem.step, SASS instructions an element, and those an H100 issues while it moves one")
   for name, nbytes in STEPS.items():
     found = count(_STEP.format(name=name)) / ELEMENTS_A_THREAD
     print(f"{name:64}  {found:6.1f}  {ISSUED_PER_BYTE * nbytes:5.0f} ({nbytes} bytes)")

@@ -1,12 +1,11 @@
-"""The kernels against XLA's own fusions of the same arithmetic, on a GPU.
+"""Compares the kernels with XLA's fusions of the same arithmetic, on a GPU.
 
   python -m benchmarks.kernels [--out benchmarks/results/kernels.json]
 
-Times every case of `CASES` as a ratio within one run: both implementations
-alternate, inputs are donated where the operation is in place, and the median
-of the rounds counts. It leaves out compilation and what surrounds an
-operation in a training step. `implementation=None` has to follow what this
-prints; there is no result yet.
+Times every case of `CASES` as a ratio within one run. Both implementations
+alternate, operations that work in place get donated inputs, and the median of
+the rounds counts. Compilation and the rest of a training step are excluded.
+`implementation=None` must follow this benchmark; there is no result yet.
 """
 
 import argparse
@@ -29,7 +28,7 @@ CASES = [
 
 
 def prepare(operation: str, fmt: str, size: int, implementation: str):
-  """A compiled call that runs the operation once, and the bytes that it has to move."""
+  """A compiled call that runs the operation once, and the bytes that it must move."""
   base = lowmem.DeltaFormat.parse(fmt)
   x = jax.random.normal(jax.random.key(0), (size,))
   low, delta = lowmem.split(x, fmt, key=1)
@@ -58,7 +57,7 @@ def prepare(operation: str, fmt: str, size: int, implementation: str):
 
 
 def seconds(run, repeats: int) -> float:
-  """Mean time of one call."""
+  """The mean time of a call, in seconds."""
   start = time.perf_counter()
   for _ in range(repeats):
     result = run()
@@ -67,7 +66,7 @@ def seconds(run, repeats: int) -> float:
 
 
 def measure(case: dict, rounds: int = 7, repeats: int = 20) -> dict:
-  """Median times of both implementations, alternating."""
+  """Measures the median times of both implementations, alternating."""
   runs = {name: prepare(**case, implementation=name) for name in ("xla", "mosaic_gpu")}
   times: dict[str, list[float]] = {name: [] for name in runs}
   for run, _ in runs.values():
@@ -86,7 +85,7 @@ def measure(case: dict, rounds: int = 7, repeats: int = 20) -> dict:
 
 
 def main():
-  """Prints one line a case, and writes them."""
+  """Prints one line for each case, and writes them to a file."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -96,7 +95,7 @@ def main():
   args = parser.parse_args()
   device = jax.devices()[0]
   if device.platform != "gpu":
-    parser.error(f"this benchmark times GPU kernels; the device is {device.device_kind!r}")
+    parser.error(f"this benchmark needs a GPU; the device is {device.device_kind!r}")
   rows = []
   for case in CASES:
     rows.append(measure(case))

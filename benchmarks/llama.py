@@ -37,7 +37,7 @@ def _norm(x, scale):
 
 
 def _rotated(x_TxNxH):
-  """Rotary embeddings, the two halves of a head against each other."""
+  """Applies rotary embeddings, which rotate the two halves of a head."""
   frequency = 500000.0 ** (-jnp.arange(0, HEAD, 2) / HEAD)
   angle = jnp.arange(len(x_TxNxH))[:, None, None] * frequency
   x, y = jnp.split(x_TxNxH.astype(jnp.float32), 2, axis=-1)
@@ -62,23 +62,23 @@ def _head(w, x_TxD, targets_T):
 
 
 def loss(layers, tokens_T1):
-  """Mean cross-entropy of the next token of one sequence."""
+  """The mean cross-entropy of the next tokens of one sequence, in nats."""
   x_TxD = layers["embed"](lambda w, t: w["table"][t], tokens_T1[:-1])
   x_TxD = layers["layers"].scan(_layer, x_TxD)
   return layers["head"](_head, x_TxD, tokens_T1[1:])
 
 
 class Plain:
-  """One key of params, to be differentiated as usual, rematerialised as released layers are."""
+  """A layer below one key of params, differentiated as usual; rematerialised like released ones."""
 
   def __init__(self, params):
     self._params = params
 
   def __call__(self, fn, *args):
-    """The function of the parameters and args."""
+    """Calls fn on the parameters and args."""
     return jax.checkpoint(fn)(self._params, *args)
 
   def scan(self, fn, x, *args):
-    """The function of each layer's parameters, x and args, one after the other."""
+    """Calls fn on the parameters of each layer of a stack in turn, x and args."""
     body = jax.checkpoint(lambda x, w: (fn(w, x, *args), None))
     return jax.lax.scan(body, x, self._params)[0]

@@ -1,11 +1,11 @@
-"""A training step with the shapes of Llama 3.1 8B on eight H100s, fully sharded: compiled here.
+"""Compiles a fully sharded training step with the shapes of Llama 3.1 8B for eight H100s.
 
   python -m benchmarks.mesh
 
-Peak bytes a device of the whole step, temporaries of the optimizer's part alone,
-and what is communicated: by the gradient alone, and by the step. The devices
-are not there (the `h100` extra); nothing is run. Prints tables and writes
-`benchmarks/results/mesh_h100_compile.json`.
+Reports the peak bytes of the whole step on each device, the temporaries of the
+optimizer's part alone, and the communication of the gradient alone and of the
+step. The devices need not be present (the `h100` extra); nothing is executed.
+Prints tables and writes `benchmarks/results/mesh_h100_compile.json`.
 """
 
 import argparse
@@ -29,14 +29,14 @@ _COLLECTIVE = re.compile(
 
 
 class Sharded(llama.Plain):
-  """One key of params; what goes from layer to layer is sharded along the batch."""
+  """A layer below one key of params; its input is sharded along the batch."""
 
   def __init__(self, params, mesh):
     super().__init__(params)
     self._whole = NamedSharding(mesh, P())
 
   def scan(self, fn, x, *args):
-    """As `llama.Plain.scan`."""
+    """Like `llama.Plain.scan`."""
 
     def constrained(w, x, *args):
       return fn(w, jax.lax.with_sharding_constraint(x, self._whole), *args)
@@ -45,7 +45,7 @@ class Sharded(llama.Plain):
 
 
 def gradient(mesh):
-  """The gradient of the mean loss of eight sequences, one a device."""
+  """The gradient of the mean loss of eight sequences, one on each device."""
 
   def loss(params, opt_state, tokens):
     layers = {key: Sharded(w, mesh) for key, w in params.items()}
@@ -56,7 +56,7 @@ def gradient(mesh):
 
 
 def on_mesh(tree, mesh):
-  """Structs with each array along its parameter's second axis (or last) over the mesh."""
+  """Shards structs over the mesh along the first axis; along the second, for stacked layers."""
 
   def spec(path, x):
     keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -74,7 +74,7 @@ def on_mesh(tree, mesh):
 
 
 def communicated(program) -> dict[str, int]:
-  """How often a compiled program communicates what."""
+  """Counts the collectives of a compiled program, by operation and shape."""
   found = [
     f"{operation} {re.sub(r'{[0-9,:TSE()]*}', '', shape)}"
     for shape, operation, _ in _COLLECTIVE.findall(program.as_text())

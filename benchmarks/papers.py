@@ -1,9 +1,10 @@
-"""The papers' models at their full sizes, and CLIP's recipe: peak memory, compiled for H100s.
+"""Peak memory of the papers' models at full size, and of CLIP's recipe, compiled for H100s.
 
   python -m benchmarks.papers [NAME ...]
 
-The devices are not there (the `h100` extra), and nothing is run. Prints tables and writes
-`benchmarks/results/papers_NAME_h100_compile.json`. Every row is a whole training step, AdamW.
+The devices need not be present (the `h100` extra), and nothing is executed. Prints tables and
+writes `benchmarks/results/papers_NAME_h100_compile.json`. Every row is a whole training step with
+AdamW.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from examples import clip, clip_model, dcgan, dlrm, resnet18, t5, training
 GIB = 2**30
 BASELINE = "master-bf16"
 KEPT, AGAIN, RELEASE = "kept", "computed again", "computed again; gradients released"
-# Formats, and what becomes of the activations of a layer (and of gradients).
+# (format, treatment of a layer's activations, and of gradients).
 ROWS = (
   ("fp32", KEPT),
   (BASELINE, KEPT),
@@ -33,8 +34,8 @@ ROWS = (
   ("bf16+8/int8", RELEASE),
   ("bf16+0/int8", RELEASE),
 )
-# To hide communication, XLA's scheduler computes the layers' activations again long before they
-# are needed, on several devices, and then keeps them all.
+# On several devices, XLA's scheduler hides communication by recomputing the layers' activations
+# long before they are needed, and then keeps them all.
 IN_ORDER = {"xla_gpu_enable_latency_hiding_scheduler": False}
 OPTIONS = dict(optimizer="adamw", learning_rate=1e-3, steps=1000, clip_norm=None)
 
@@ -43,9 +44,9 @@ class Workload(NamedTuple):
   """A model at its full size.
 
   Attributes:
-    title: with its sizes.
-    make: dtype -> the task.
-    batch: shapes and dtypes.
+    title: its name and sizes.
+    make: dtype -> task.
+    batch: the shapes and dtypes of a batch.
   """
 
   title: str
@@ -80,7 +81,7 @@ def _dlrm(dtype):
 
 
 def _parameters(dtype):
-  """Nothing but parameters (2309.12381's synthetic case): each has a gradient."""
+  """A model of parameters alone, each with a gradient (the synthetic case of 2309.12381)."""
 
   def loss(layers, kept, x):
     for i in range(16):
@@ -124,19 +125,19 @@ WORKLOADS = {
 
 
 def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimizer, options=None):
-  """A compiled training step.
+  """Compiles a training step.
 
   Args:
     task: the task.
-    fmt: of weights and statistics.
-    args: options.
+    fmt: the format of weights and statistics.
+    args: the options.
     batch: structs on devices.
-    place: tree of structs -> the same on devices.
-    make_optimizer: as `training.train` takes it.
-    options: of the compiler.
+    place: tree of structs -> the same structs on devices.
+    make_optimizer: as in `training.train`.
+    options: compiler options.
 
   Returns:
-    The program, and the number of parameters.
+    The compiled program, and the number of parameters.
   """
   tx = make_optimizer(fmt, args, 0)
   params32, kept = jax.eval_shape(task.init, jax.random.key(0))
@@ -147,7 +148,7 @@ def compiled(task, fmt, args, batch, place, make_optimizer=training.make_optimiz
 
 
 def peaks_of(workload: Workload, place) -> list[dict]:
-  """A row for each format and treatment of activations."""
+  """Compiles a row for each format and treatment of activations."""
   rows: list[dict] = []
   for name, activations in ROWS:
     fmt = training.parse_format(name)
@@ -170,15 +171,15 @@ def peaks_of(workload: Workload, place) -> list[dict]:
 
 
 def compared(rows: list[dict]) -> list[dict]:
-  """Each row beside the baseline with the same activations.
+  """Compares each row with the baseline of the same treatment of activations.
 
   Args:
     rows: format, activations, peak GiB, peak bytes/param.
 
   Returns:
-    The rows, with how much lower the peak is, and that over the baseline's
-    weights and statistics, which are 12 bytes a parameter at every moment (its
-    gradients come and go).
+    The rows with two more columns: the relative reduction of the peak, and that
+    reduction divided by the baseline's weights and statistics. Those take 12
+    bytes a parameter at all times (gradients come and go).
   """
   bases = {row["activations"]: row for row in rows if row["format"] == BASELINE}
   out = []
@@ -197,7 +198,7 @@ def compared(rows: list[dict]) -> list[dict]:
 
 
 def clip_peaks(devices) -> list[dict]:
-  """CLIP at its own size on sixteen devices, with each option of its recipe off and on."""
+  """Compiles CLIP at full size for sixteen devices, with each option of its recipe on and off."""
   mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
   whole, cut = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
   on = lambda sharding: (
@@ -251,7 +252,7 @@ def clip_peaks(devices) -> list[dict]:
 
 
 def run(name: str, parser) -> dict:
-  """The table of a workload."""
+  """Compiles the table of a workload."""
   h100 = gpu_compiler(parser)
   if name == "clip":
     return {"tables": {"CLIP's memory recipe": clip_peaks(h100.devices("2x1x8"))}}
@@ -261,9 +262,9 @@ def run(name: str, parser) -> dict:
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__)
   choices = [*WORKLOADS, "clip"]
-  parser.add_argument("names", nargs="*", help=f"of {', '.join(choices)}; all by default")
+  parser.add_argument("names", nargs="*", help=f"any of {', '.join(choices)}; default: all")
   names = parser.parse_args().names or choices
   if unknown := set(names) - set(choices):
-    parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(choices)}")
+    parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(choices)}")
   for name in names:
     report(functools.partial(run, name, parser), f"papers_{name}_h100_compile")

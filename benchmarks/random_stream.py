@@ -1,11 +1,11 @@
-"""Dieharder's batteries on the random stream, in the ways it is used.
+"""Runs Dieharder on the random stream, in the ways that the stream is used.
 
   python -m benchmarks.random_stream [--tests 0,2,...] [--out docs/random_stream.md]
 
-Needs Debian's package `dieharder`. Each way of use is a stream of 32-bit words
+Needs Debian's package `dieharder`. Each use is a stream of 32-bit words that is
 piped into it: consecutive elements of one leaf; eight elements of a leaf over
-consecutive steps, of consecutive leaves, and with consecutive seeds; and the
-upper and lower 16 bits of consecutive elements, two to a word.
+consecutive steps, consecutive leaves and consecutive seeds; and the upper or the
+lower 16 bits of consecutive elements, two in each word.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import numpy as np
 from pallas_kernels.formats.random_bits import element_bits, key_words, leaf_id, stream_keys
 
 CHUNK = 1 << 20
-FEW = 8  # elements a step, leaf or seed
-# Of the tests that Dieharder calls good, a choice that takes some five minutes altogether.
+FEW = 8  # elements for each step, leaf or seed
+# A selection of the tests that Dieharder rates as good; it takes about five minutes.
 TESTS = "0,2,8,15,100,101,205,209"
 
 
@@ -34,7 +34,7 @@ def _few(keys):
 
 @functools.partial(jax.jit, static_argnums=0)
 def chunk(use: str, i):
-  """The i-th 2**20 words of a way of use."""
+  """The i-th chunk of 2**20 words of a use."""
   start = i * jnp.uint32(CHUNK)
   words = key_words(0)
   if use in ("elements", "upper halves", "lower halves"):
@@ -60,7 +60,7 @@ USES = ("elements", "upper halves", "lower halves", "steps", "leaves", "seeds")
 
 
 def write(use: str):
-  """Writes a way of use to stdout until the reader has enough."""
+  """Writes the words of a use to stdout until the reader closes the pipe."""
   i = 0
   try:
     while True:
@@ -71,7 +71,7 @@ def write(use: str):
 
 
 def dieharder(use: str, tests) -> list[list[str]]:
-  """Rows (test, ntup, tsamples, psamples, p-value, assessment) of the battery."""
+  """Runs the battery; returns rows (test, ntup, tsamples, psamples, p-value, assessment)."""
   rows = []
   for test in tests:
     source = subprocess.Popen(
@@ -90,14 +90,14 @@ def dieharder(use: str, tests) -> list[list[str]]:
 
 
 def main():
-  """Runs the battery on every way of use and writes the table."""
+  """Runs the battery on every use and writes the table."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("--write", choices=USES, help=argparse.SUPPRESS)
-  parser.add_argument("--tests", default=TESTS, help="Dieharder's numbers")
-  parser.add_argument("--uses", default=",".join(USES), help="ways of use")
-  parser.add_argument("--out", type=pathlib.Path, default=None, help="Markdown file to write")
+  parser.add_argument("--tests", default=TESTS, help="Dieharder's test numbers")
+  parser.add_argument("--uses", default=",".join(USES), help="the uses to test")
+  parser.add_argument("--out", type=pathlib.Path, default=None, help="the Markdown file to write")
   args = parser.parse_args()
   if args.write:
     return write(args.write)

@@ -3,15 +3,15 @@
   python -m benchmarks.release h100-compile
   python -m benchmarks.release cpu
 
-h100-compile: compiled for an H100 and an L40S that are not there (the `h100`
-extra): peak memory of a training step of a 0.8B transformer and of a model with
-the shapes of Llama 3.1 8B, by part. Nothing is run.
+h100-compile: compiles for an H100 and an L40S that need not be present (the
+`h100` extra), and reports the peak memory of a training step by part: for a 0.8B
+transformer and for a model with the shapes of Llama 3.1 8B. Nothing is executed.
 
-cpu: time of a jitted, donated training step with the optimizer in the backward
-pass, as ratio to the same step without, which rematerialises the same layers;
-all in turn within one process.
+cpu: times a jitted, donated training step with the optimizer in the backward
+pass, relative to the same step with its gradients kept, which rematerialises the
+same layers. All steps take turns within one process.
 
-Each prints tables and writes `benchmarks/results/release_NAME.json`.
+Each command prints tables and writes `benchmarks/results/release_NAME.json`.
 """
 
 import argparse
@@ -34,20 +34,20 @@ FP16 = lowmem.dynamic_loss_scale(lowmem.adamw(1e-3, weights="fp16+8"))
 
 
 def stacked_loss(layers, x):
-  """The loss of `shapes.transformer_loss`, over layers."""
+  """The loss of `shapes.transformer_loss` on stacked layers."""
   y = layers["layers"].scan(lambda w, x: shapes.layer(x, w)[0], x)
   return jnp.mean(y.astype(jnp.float32) ** 2)
 
 
 def separate_loss(layers, x):
-  """The same, its layers called one by one."""
+  """The same loss, with its layers called one by one."""
   for key in layers:
     x = layers[key](lambda w, x: shapes.layer(x, w)[0], x)
   return jnp.mean(x.astype(jnp.float32) ** 2)
 
 
 def unreleased(loss_fn, contender):
-  """A training step with gradients, each layer rematerialised."""
+  """A training step that keeps its gradients and rematerialises each layer."""
 
   def step(params, state, *batch):
     def loss(params):
@@ -61,7 +61,7 @@ def unreleased(loss_fn, contender):
 
 
 def h100_compile(parser) -> dict:
-  """Peak memory, compiled for GPUs."""
+  """Reports peak memory, compiled for GPUs."""
   h100 = gpu_compiler(parser)
   peer = contenders.flashoptim_jax()
   ours = contenders.ours("adamw, bf16+8, int8, gradients kept", ADAMW)
@@ -173,7 +173,7 @@ MODEL = {
 
 
 def language_loss(layers, tokens):
-  """Cross-entropy of the next token, mean over a batch of sequences."""
+  """The mean cross-entropy of the next tokens of a batch of sequences, in nats."""
 
   def block(w, x):
     return jax.vmap(lambda x: shapes.layer(x, w)[0])(x)
@@ -189,7 +189,7 @@ def language_loss(layers, tokens):
 
 
 def cpu(parser) -> dict:
-  """Times of training steps."""
+  """Times training steps."""
   del parser
   jax.config.update("jax_platforms", "cpu")
   is_shape = lambda x: isinstance(x, tuple)
@@ -216,7 +216,7 @@ def cpu(parser) -> dict:
       last_two = lambda *args, step=step: step(*args)[-2:]
       done = jax.jit(last_two, donate_argnums=(0, 1)).lower(*state, batch).compile()
       stats = done.memory_analysis()
-      # Donated in the order of the results: all in place, for those that keep gradients, too.
+      # Buffers are donated in the order of the results, so every step is in place.
       assert stats.alias_size_in_bytes == nbytes(state), name
       temporaries[name] = stats.temp_size_in_bytes
       runs[name] = _Stepper(done, state, batch)
@@ -244,7 +244,7 @@ def cpu(parser) -> dict:
 
 
 class _Stepper:
-  """A compiled step with its state."""
+  """A compiled step and its state."""
 
   def __init__(self, step, state, batch):
     self.step, self.state, self.batch = step, state, batch
@@ -255,7 +255,7 @@ class _Stepper:
 
 
 def main():
-  """Runs one command, prints its tables and writes them."""
+  """Runs one command, prints its tables and writes them to a file."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )

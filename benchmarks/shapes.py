@@ -1,4 +1,4 @@
-"""What is stepped: leaf shapes of known models, and a transformer to train."""
+"""The parameters to step: leaf shapes of known models, and a transformer to train."""
 
 import math
 import random
@@ -10,7 +10,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def gpt2(layers=12, width=768, vocabulary=50257, context=1024) -> Shapes:
-  """GPT-2's leaves, the output embedding tied."""
+  """GPT-2's leaves, with a tied output embedding."""
   shapes: Shapes = {"wte": (vocabulary, width), "wpe": (context, width)}
   matrices = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 4), "down": (4, 1)}
   for i in range(layers):
@@ -44,7 +44,7 @@ def resnet50() -> Shapes:
 
 
 def llama_unrolled(layers=32, width=512, kv=128, inner=1408, vocabulary=32000) -> Shapes:
-  """A narrow Llama's leaves, each layer's by themselves: grouped keys and values, three MLPs."""
+  """A narrow Llama's leaves, layer by layer, with grouped keys and values and gated MLPs."""
   shapes: Shapes = {"embed": (vocabulary, width), "head": (width, vocabulary), "norm": (width,)}
   matrices = {
     "q": (width, width),
@@ -63,14 +63,14 @@ def llama_unrolled(layers=32, width=512, kv=128, inner=1408, vocabulary=32000) -
 
 
 def forty_ragged(leaves=40, largest=300_000, longest=4000, seed=0) -> Shapes:
-  """As many different shapes of 1 to 4 axes; one last axis in eight is a multiple of 32."""
+  """Distinct shapes of 1 to 4 axes; one last axis in eight is a multiple of 32."""
   rng = random.Random(seed)
   found: dict[tuple[int, ...], None] = {}
   while len(found) < leaves:
     shape: list[int] = []
     axes = 1 + len(found) % 4
     for axis in range(axes):
-      # Log-uniform, with room for axes of at least 3 behind it.
+      # Log-uniform, with room for later axes of at least 3.
       room = largest // math.prod(shape) // 3 ** (axes - axis - 1)
       shape.append(round(math.exp(rng.uniform(math.log(3), math.log(min(room, longest))))))
     if len(found) % 8 == 7:
@@ -98,12 +98,12 @@ SETS: dict[str, Shapes] = {
 
 
 def matrix(size: int) -> Shapes:
-  """One matrix of about size elements, 1024 columns."""
+  """One matrix of about size elements, with 1024 columns."""
   return {"w": (round(size / 1024), 1024)}
 
 
 def count(shapes: Shapes) -> int:
-  """Parameters altogether."""
+  """The number of parameters."""
   return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -127,7 +127,7 @@ def _norm(x):
 
 
 def layer(x, w):
-  """A pre-norm transformer layer on x [TOKENS, WIDTH]; what `scan` takes."""
+  """A pre-norm transformer layer on x [TOKENS, WIDTH], as the body of a `scan`."""
   q, k, v = jnp.split((_norm(x) @ w["qkv"]).reshape(len(x), -1, HEAD), 3, axis=1)
   heads = jax.nn.dot_product_attention(q, k, v, is_causal=True)
   x = x + heads.reshape(x.shape) @ w["out"]
@@ -135,6 +135,6 @@ def layer(x, w):
 
 
 def transformer_loss(params, x):
-  """A loss of `TRANSFORMER`: its layers scanned and rematerialised."""
+  """The loss of `TRANSFORMER`, whose layers are scanned and rematerialised."""
   y, _ = jax.lax.scan(jax.checkpoint(layer), x, params)
   return jnp.mean(y.astype(jnp.float32) ** 2)

@@ -1,9 +1,9 @@
-"""What Adam's statistics lose in candidate 8-bit formats: `python -m benchmarks.state_formats`.
+"""The errors of Adam's statistics in candidate 8-bit formats: `python -m benchmarks.state_formats`.
 
-Every candidate is a list of magnitudes between 0 and 1 (times the block's
-largest, in blocks of 32): 127 and a sign for mu, 255 for the root of nu (or for
-nu itself where a candidate says so). Prints the table of
-`docs/state_formats.md`; a minute or two a row on two cores.
+A candidate is a list of magnitudes between 0 and 1, relative to the largest in a
+block of 32: 127 magnitudes and a sign for mu, 255 for the root of nu (or for nu
+itself in some candidates). Prints the table of `docs/state_formats.md`. A row
+takes a minute or two on two cores.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ def power(p):
 
 
 def softsign(n):
-  """FlashOptim's: y = 2x / (1 + x)."""
+  """FlashOptim's levels: y = 2x / (1 + x)."""
   y = np.arange(n + 1) / n
   return y / (2 - y)
 
 
 def logarithmic(n):
-  """Zero, and equal ratios from 2**-16 to 1."""
+  """Zero, and levels of equal ratios from 2**-16 to 1."""
   return np.concatenate([[0], 2.0 ** np.linspace(-16, 0, n)])
 
 
 def float8(n):
-  """e4m3 (n = 127) or the same with one more mantissa bit for unsigned values."""
+  """The levels of e4m3 (n = 127), or with one more mantissa bit for unsigned values."""
   mantissa = 3 if n == 127 else 4
   code = np.arange(n)  # the last code is NaN
   e, m = code >> mantissa, (code & ((1 << mantissa) - 1)) / (1 << mantissa)
@@ -44,7 +44,7 @@ def float8(n):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """Levels of mu and of nu (or its root), and how values go onto them."""
+  """The levels of mu and of nu (or its root), and the rounding to them."""
 
   name: str
   mu: object
@@ -86,7 +86,7 @@ def store(x, levels, rounding, uniform, never_zero):
 
 
 def stored_moments(mu, nu, c: Candidate, key):
-  """Both moments as they come back."""
+  """Both moments after a round trip through their formats."""
   u = jax.random.uniform(key, (2, *mu.shape))
   levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, 127), (c.nu, 255))]
   mu = jnp.sign(mu) * store(jnp.abs(mu), levels[0], c.rounding, u[0], False)
@@ -96,8 +96,12 @@ def stored_moments(mu, nu, c: Candidate, key):
 
 
 def one_shot(c: Candidate):
-  """Storing once: rms error of mu in Gaussian blocks; in log-normal ones (sigma 2) the share of
-  weights with nu = 0 and mu not, and of roots that are off by a factor of 2 or more.
+  """The errors of one round trip.
+
+  Returns:
+    The rms error of mu in Gaussian blocks. For log-normal blocks (sigma 2), the
+    share of weights with nu = 0 but mu != 0, and the share of roots that are off
+    by a factor of 2 or more.
   """
   k = jax.random.split(jax.random.key(0), 4)
   shape = (BLOCKS, BLOCK)
@@ -117,14 +121,14 @@ def _exact(mu, nu, g):
 
 
 def idle(c: Candidate):
-  """Half of every block stops receiving gradients after WARM steps.
+  """The errors when half of every block stops receiving gradients after WARM steps.
 
   Returns:
-    Mean stored root of nu over the exact one while active (1 + bias), its
-    standard deviation, then for the idle half mean |mu| and mean root over the
-    exact ones where these reach 1/64 of the block's largest, and the
-    displacement: the largest error beyond 10% of exact Adam's, in steps of lr,
-    and the mean displacement over exact Adam's.
+    For the active half, the mean ratio of the stored root of nu to the exact one
+    (1 + bias) and its standard deviation. For the idle half, the mean |mu| and the
+    mean root relative to the exact ones, when those reach 1/64 of the block's
+    largest. For its displacement, the largest error beyond 10% of exact Adam's, in
+    units of the learning rate, and the mean relative to exact Adam's.
   """
   shape = (BLOCKS, BLOCK)
   resting = jnp.arange(BLOCK) % 2 == 0
@@ -167,7 +171,7 @@ def idle(c: Candidate):
 
 
 def main():
-  """Prints the table."""
+  """Measures and prints the table."""
   print(
     "| mu / root of nu | rounding | Gaussian: error of mu | log-normal: nu = 0, mu not"
     " | root off 2x | active root: mean | std | idle at 1/64: mu | root"

@@ -4,22 +4,23 @@
   python -m benchmarks.step h100-compile
   python -m benchmarks.step gpu
 
-cpu: time of a jitted, donated step with gradients given, all contenders in turn
-within one process, as ratios to the first of their group, with the limits that
-are set for ours; the bandwidth that this is (gradients once, weights and state
-twice); CPU time a parameter; bytes that stay.
+cpu: times a jitted, donated step on given gradients. All contenders take turns
+within one process. Reports ratios to the first contender of each group, with our
+limits; the bandwidth (gradients count once, weights and state twice); the CPU
+time a parameter; and the resident bytes.
 
-h100-compile: compiled for an H100 that is not there (the `h100` extra): peak
-bytes a parameter of a training step of a 0.8B transformer, and what the
-optimizer step alone needs: temporaries, kernel launches. Nothing is run.
+h100-compile: compiles for an H100 that need not be present (the `h100` extra).
+Reports the peak bytes a parameter of a training step of a 0.8B transformer, and
+the temporaries and kernel launches of the optimizer step alone. Nothing is
+executed.
 
-gpu: the time that a copy of the same bytes takes over a step's, in turn within
-one process. The bytes are those of the gradients once (read), and those of
-weights and state twice (read and written). Dispatch from Python is in the
-times, which matters for small sizes.
+gpu: compares a step with a copy of the same bytes; both take turns within one
+process. The gradients count once (read), weights and state twice (read and
+written). The times include dispatch from Python, which matters for small sizes.
 
-Every contender donates its buffers in the order in which it returns them, see
-`check_in_place`. Each prints tables and writes `benchmarks/results/NAME.json`.
+Every contender donates its buffers in the order in which it returns them (see
+`check_in_place`). Each command prints tables and writes
+`benchmarks/results/NAME.json`.
 """
 
 import argparse
@@ -44,42 +45,42 @@ import optax_lowmem as lowmem
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDS = 7
-# Ratios to optax.adamw of the formats that are the default; (shapes, optimizer) -> at most.
+# (shapes, optimizer) -> the largest allowed ratio to optax.adamw, for the default formats.
 RATIO_LIMITS = {
   ("one matrix, 50M", contenders.DEFAULT.name): 2.0,
   ("ragged, 5000 x 5000", contenders.DEFAULT.name): 4.0,
   ("GPT-2 124M", contenders.DEFAULT.name): 2.5,
   ("GPT-2 124M", contenders.DEFAULT_UPDATE.name): 3.0,
 }
-TEMPORARIES_LIMIT = 0.5  # bytes a parameter, of the same
+TEMPORARIES_LIMIT = 0.5  # bytes a parameter, for the same formats
 GPU_SIZES = [10**6, 10**7, 10**8, 10**9]
-GPU_BYTES = 2e10  # moved at least between two looks at the clock, in at most 200 steps
+GPU_BYTES = 2e10  # least bytes between two readings of the clock, in at most 200 steps
 
 
 def nbytes(tree) -> int:
-  """Bytes of a tree of arrays or structs."""
+  """The bytes of a tree of arrays or structs."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def log(x):
-  """Progress; the tables alone go to stdout."""
+  """Reports progress on stderr; only the tables go to stdout."""
   print(x, file=sys.stderr, flush=True)
 
 
 def check_in_place(contender: contenders.Contender, compiled, resident: int):
-  """Raises where plain Optax is slower than it need be: copies, from mispaired donation.
+  """Raises if plain Optax is needlessly slow because of copies from mispaired donation.
 
   JAX pairs donated buffers of one shape and dtype with results in order. A step
   that takes (state, params) and returns (params, state) would write new weights
-  over mu, through copies, which makes fp32 Adam 3 to 4 times slower than it is.
+  over mu. The copies that this takes would slow fp32 Adam down by 3 to 4 times.
 
   Args:
-    contender: whose step was compiled, with its params and state donated.
+    contender: the contender whose step was compiled, with donated params and state.
     compiled: the step, which keeps its arguments.
-    resident: bytes of params and state.
+    resident: the bytes of params and state.
   """
   if contender.most_temporaries is None:
-    return  # what it needs is in the tables
+    return  # the tables show its temporaries
   stats = compiled.memory_analysis()
   for result, argument in hlo.donated(compiled.as_text()):
     assert result == argument, f"{contender.name}: result {result} goes over argument {argument}"
@@ -90,13 +91,13 @@ def check_in_place(contender: contenders.Contender, compiled, resident: int):
 
 
 class Run:
-  """A contender with its arrays, to be stepped."""
+  """A contender with its arrays, ready to step."""
 
   def __init__(self, contender: contenders.Contender, leaf_shapes: shapes.Shapes, grads):
-    # Not jitted: XLA would fold the stored zeros of int8 statistics, for minutes.
+    # Not jitted: XLA would spend minutes on folding the stored zeros of int8 statistics.
     self.params, self.state = contender.init(shapes.normal(leaf_shapes))
     self.grads = grads
-    # Weights that are written only (a master's copies) are donated as well.
+    # keep_unused also donates weights that are only written (the copies of masters).
     step = jax.jit(lambda p, s, g: contender.step(g, s, p), donate_argnums=(0, 1), keep_unused=True)
     self.step = step.lower(self.params, self.state, grads).compile()
     self.temporaries = self.step.memory_analysis().temp_size_in_bytes
@@ -104,18 +105,18 @@ class Run:
     check_in_place(contender, self.step, self.bytes)
     self.moved = nbytes(grads) + 2 * self.bytes
     table = lowmem.memory_table(self.params, self.state)
-    if contender.is_ours:  # counted in two ways
+    if contender.is_ours:  # checks the count in a second way
       assert table.total == self.bytes
     self.parts = table.bytes_per_param
 
   def __call__(self):
-    """One step; its result need not be there yet."""
+    """Dispatches one step, without waiting for its result."""
     self.params, self.state = self.step(self.params, self.state, self.grads)
     return self.params, self.state
 
 
 def seconds(run, repeats: int = 1) -> float:
-  """Mean time of one call."""
+  """The mean time of a call, in seconds."""
   start = time.perf_counter()
   for _ in range(repeats):
     result = run()
@@ -124,19 +125,19 @@ def seconds(run, repeats: int = 1) -> float:
 
 
 def both_seconds(run) -> tuple[float, float]:
-  """Time of one call, and CPU time of all its threads."""
+  """The time of one call, and the CPU time of all its threads, in seconds."""
   start = time.process_time()
   wall = seconds(run)
   return wall, time.process_time() - start
 
 
 def verdict(value: float, limit: float | None) -> str:
-  """How a figure stands to its limit."""
+  """Compares a figure with its limit, for a table."""
   return "" if limit is None else f"{'pass' if value <= limit else 'miss'} (<= {limit})"
 
 
 def cpu(parser, sets) -> dict:
-  """Times on the CPU, and bytes."""
+  """Measures times on the CPU, and bytes."""
   del parser
   jax.config.update("jax_platforms", "cpu")
   rows, load = [], [os.getloadavg()[0]]
@@ -182,13 +183,13 @@ def cpu(parser, sets) -> dict:
       del runs, run, grads
       gc.collect()
   about = dict(device=platform.machine() + " CPU", cores=os.cpu_count(), load=load, rounds=ROUNDS)
-  # Those peers are for a GPU; on a CPU they are only said to be absent or left out.
+  # The PyTorch peers run on a GPU only; here the report just says why they are missing.
   why = "measured on a GPU only" if importlib.util.find_spec("torch") else "not installed"
   return {**about, "tables": {"A step on the CPU": rows}, "absent": {"PyTorch": why}}
 
 
 def gpu_compiler(parser):
-  """The module `tests/h100.py`; exits with an error where its compiler is not installed."""
+  """The module `tests/h100.py`; exits with an error if its compiler is not installed."""
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   jax.config.update("jax_platforms", "cpu")
   sys.path.insert(0, str(ROOT / "tests"))
@@ -200,7 +201,7 @@ def gpu_compiler(parser):
 
 
 def h100_compile(parser, sets) -> dict:
-  """Memory and launches, compiled for an H100."""
+  """Reports memory and launches, compiled for an H100."""
   del sets
   h100 = gpu_compiler(parser)
   (device,) = h100.sharding().device_set
@@ -260,7 +261,7 @@ def h100_compile(parser, sets) -> dict:
 
 
 def gpu(parser, sets) -> dict:
-  """Steps against copies of the same bytes, on a GPU."""
+  """Compares steps with copies of the same bytes, on a GPU."""
   del sets
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves room for PyTorch
   try:
@@ -273,7 +274,7 @@ def gpu(parser, sets) -> dict:
   for candidate in torch_peers.PEERS:
     try:
       peers[candidate] = torch_peers.load(candidate)
-    except Exception as error:  # whatever a foreign package dies of at its import
+    except Exception as error:  # a foreign package can fail at import in any way
       absent[candidate.name] = f"{type(error).__name__}: {error}"
   rows = []
   for size in GPU_SIZES:
@@ -293,7 +294,7 @@ def gpu(parser, sets) -> dict:
 
 
 def prepare_jax(contender, leaf_shapes):
-  """(step, copy, bytes that a step reads and writes, bytes that stay)."""
+  """(step, copy, bytes that a step reads and writes, resident bytes)."""
   grads = shapes.normal(leaf_shapes, contender.dtype, seed=1, scale=1.0)
   run = Run(contender, leaf_shapes, grads)
   source = jnp.zeros(run.moved // 8, jnp.float32)
@@ -302,7 +303,7 @@ def prepare_jax(contender, leaf_shapes):
 
 
 def attempt(size: int, name: str, prepare, seconds) -> dict:
-  """A row of the GPU's table; says why where an optimizer does not run."""
+  """Measures a row of the GPU's table; if an optimizer does not run, the row says why."""
   row: dict = {"parameters": size, "optimizer": name}
   numbers = ("bytes/param", "moved/param", "ms", "GB/s", "copy's time / step's")
   try:
@@ -318,7 +319,7 @@ def attempt(size: int, name: str, prepare, seconds) -> dict:
     took = medians["step"]
     values = (resident / size, moved / size, took * 1e3, moved / took / 1e9, medians["copy"] / took)
     row |= dict(zip(numbers, values, strict=True))
-  except Exception as error:  # out of memory, or a peer's own trouble: the others go on
+  except Exception as error:  # out of memory, or a fault in a peer: the others go on
     row |= dict.fromkeys(numbers) | {"failed": f"{type(error).__name__}: {error}"[:300]}
   gc.collect()
   log(row)
@@ -326,7 +327,7 @@ def attempt(size: int, name: str, prepare, seconds) -> dict:
 
 
 def markdown(rows: list[dict]) -> str:
-  """The rows as a table; what is no number or word is left out."""
+  """The rows as a Markdown table, without columns whose cells are dictionaries."""
 
   def cell(value, row):
     if value is None:
@@ -344,13 +345,13 @@ COMMANDS = {"cpu": cpu, "h100-compile": h100_compile, "gpu": gpu}
 
 
 def main():
-  """Runs one command, prints its tables and writes them."""
+  """Runs one command, prints its tables and writes them to a file."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("command", choices=COMMANDS)
   parser.add_argument("--sets", nargs="+", choices=shapes.SETS, default=list(shapes.SETS))
-  parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+  parser.add_argument("--out", type=pathlib.Path, help="the JSON file to write")
   args = parser.parse_args()
   report(
     lambda: COMMANDS[args.command](parser, args.sets), args.command.replace("-", "_"), args.out
@@ -358,8 +359,8 @@ def main():
 
 
 def report(run, name: str, out: pathlib.Path | None = None):
-  """Prints the tables that run returns, and writes them with versions, commit and date."""
-  # Before the run: the tree may change under it.
+  """Prints the tables that run returns and writes them with versions, commit and date."""
+  # Read before the run, because the working tree may change during it.
   commit = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
   ).stdout.strip()

@@ -1,4 +1,4 @@
-"""PyTorch's optimizers on a GPU, against a copy of the same bytes."""
+"""PyTorch's optimizers on a GPU, for comparison with a copy of the same bytes."""
 
 from collections.abc import Callable
 import dataclasses
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """An optimizer of PyTorch's protocol.
+  """An optimizer with PyTorch's interface.
 
   Attributes:
-    name: for the table.
-    module: where it is imported from.
+    name: its name in the table.
+    module: the module to import it from.
     make: (module, parameters) -> optimizer.
-    dtype: name of the weights' and the gradients' dtype.
+    dtype: the name of the dtype of weights and gradients.
   """
 
   name: str
@@ -43,7 +43,7 @@ PEERS = [
 
 
 def load(peer: Peer):
-  """The peer's module; raises ImportError where it is absent."""
+  """Imports the peer's module; raises ImportError if it or a GPU is absent."""
   module = importlib.import_module(peer.module)
   if not importlib.import_module("torch").cuda.is_available():
     raise ImportError("PyTorch finds no GPU")
@@ -51,7 +51,7 @@ def load(peer: Peer):
 
 
 def nbytes(x) -> int:
-  """Bytes on the GPU in tensors, tensor subclasses, containers and their like."""
+  """The bytes on the GPU in tensors, tensor subclasses, containers and other objects."""
   import torch
 
   if isinstance(x, torch.Tensor):
@@ -66,14 +66,14 @@ def nbytes(x) -> int:
 
 
 def prepare(peer: Peer, module, shape: tuple[int, ...]):
-  """(step, copy, bytes that a step reads and writes, bytes that stay)."""
+  """(step, copy, bytes that a step reads and writes, resident bytes)."""
   import torch
 
   dtype = getattr(torch, peer.dtype)
   w = torch.nn.Parameter((0.02 * torch.randn(shape, device="cuda")).to(dtype))
   w.grad = torch.randn(shape, device="cuda").to(dtype)
   optimizer = peer.make(module, [w])
-  optimizer.step()  # makes the state
+  optimizer.step()  # creates the state
   state = nbytes(w.data) + nbytes(dict(optimizer.state))
   moved = nbytes(w.grad) + 2 * state
   source = torch.zeros(moved // 8, device="cuda")
@@ -82,7 +82,7 @@ def prepare(peer: Peer, module, shape: tuple[int, ...]):
 
 
 def seconds(run, repeats: int) -> float:
-  """Mean time of one call."""
+  """The mean time of a call, in seconds."""
   import torch
 
   torch.cuda.synchronize()
