@@ -58,7 +58,7 @@ myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist
 myst_heading_anchors = 4
 nb_execution_mode = "force"
 nb_execution_timeout = 240
-nb_execution_raise_on_error = True
+nb_execution_raise_on_error = False  # a warning, and so an error, with its traceback
 nb_execution_show_tb = True
 nb_merge_streams = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -85,7 +85,7 @@ def _markdown(app, what, name, obj, options, lines):
   """Turns a docstring's Markdown into reStructuredText: links, and `code`s with a plural s."""
   text = "\n".join(lines)
   text = re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r"`\1 <\2>`__", text)
-  text = re.sub(r"(?<!`)`([^`\n]+)`(?=[a-z])", r"`\1`\\ ", text)
+  text = re.sub(r"(?<!`)(``?[^`\n]+``?)(?=[a-z])", r"\1\\ ", text)
   if what == "property":  # Napoleon takes what stands before a colon for its type
     text = text.replace(": ", " — ", 1)
   lines[:] = text.split("\n")
