@@ -1,1 +1,1 @@
-"""Programs to read and to copy from; each module with a `main` is a command."""
+"""Programs to read and to copy from. Each module with a `main` is a command."""

@@ -1,18 +1,19 @@
-"""Flax modules with batch statistics, one after the other: ResNet-18's blocks, DCGAN's networks."""
+"""Sequences of Flax modules with batch statistics: ResNet-18's blocks and DCGAN's networks."""
 
 import jax
 
 
 def init_blocks(blocks, x, key):
-  """Float32 parameters and batch statistics of Flax modules that follow each other, and the result.
+  """Initializes a sequence of Flax modules.
 
   Args:
-    blocks: a dict of modules, called with (x, is_training).
-    x: an input of the first.
-    key: of the parameters.
+    blocks: a dict of modules, each called with (x, is_training).
+    x: an input of the first module.
+    key: the random key of the parameters.
 
   Returns:
-    (params, batch statistics, result), both by the blocks' names.
+    (params, batch statistics, result): float32 parameters and batch statistics by
+    the names of the modules, and the result of the last module.
   """
   params, kept = {}, {}
   for i, (name, block) in enumerate(blocks.items()):
@@ -22,7 +23,7 @@ def init_blocks(blocks, x, key):
 
 
 def call_block(block, is_training: bool, weights, stats, x):
-  """A Flax module's result, and its new batch statistics (the same where it is not trained)."""
+  """A Flax module's result, and its batch statistics, which only training changes."""
   variables = {"params": weights, "batch_stats": stats}
   if not is_training:
     return block.apply(variables, x, False), stats

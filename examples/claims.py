@@ -1,4 +1,4 @@
-"""What the papers report beside what was found here; memory and time."""
+"""The papers' claims beside our results; memory and time."""
 
 import json
 import pathlib
@@ -20,20 +20,21 @@ from examples.compare import (
 
 EIGHT = "bf16+8:stochastic/fp32"
 TIMED = ("fp32", MASTER, "bf16", EIGHT, GOAL)
-MEMORY = """Peak memory of a whole training step (AdamW; gradients, activations and batch included),
-compiled for H100s with JAX {jax}, {date}; nothing was run. Activations are kept, or those of each
-layer computed again in the backward pass (which gradient release does by itself). "Lower by" is
-against master-bf16 with the same: float32 weights, gradients and statistics, a model that computes
-in bfloat16. The last column divides that by the baseline's weights and statistics, 12 bytes a
-parameter at every moment (its gradients come and go): `bf16+8` with 8-bit statistics keeps 5.13 of
-them, so that 57% is the bound where the peak has no gradients, `bf16+0` 4.13, 66%. CLIP's peak is
-a device's, with one option of the recipe off at a time, and of two baselines. Not sharding the
-similarities by hand changes nothing there: XLA gives each device its own rows by itself."""
-TIME = """Of a training step on one CPU core, over fp32's, in the median. XLA:CPU computes in
-float32 what is stored in half precision and converts, so the models themselves are slower here.
-Nothing has been measured on a GPU; README has the optimizers' own times."""
+MEMORY = """The peak memory of a whole training step (AdamW; with gradients, activations and batch),
+compiled for H100s with JAX {jax}, {date}; nothing was executed. Activations are kept, or each layer
+is computed again in the backward pass (as gradient release always does). "Lower by" is relative to
+master-bf16 with the same treatment of activations: float32 weights, gradients and statistics, and a
+model that computes in bfloat16. The last column divides the reduction by the baseline's weights and
+statistics, which take 12 bytes a parameter at all times (its gradients come and go). `bf16+8` with
+8-bit statistics keeps 5.13 of these bytes, so the bound is 57% where the peak has no gradients.
+`bf16+0` keeps 4.13, and its bound is 66%. CLIP's peak is that of one device, with one option of the
+recipe off at a time, and for two baselines. Sharding the similarities by hand makes no difference
+there, because XLA assigns each device its own rows anyway."""
+TIME = """The median time of a training step on one CPU core, relative to fp32. XLA:CPU converts
+half-precision values and computes in float32, so the models themselves are slower here. Nothing has
+been measured on a GPU. The README has the optimizers' own times."""
 
-# As `python -m examples.clip` prints it; its data are no part of the sweep's results.
+# As `python -m examples.clip` prints it; the sweep's results do not contain it.
 RIDGE = {
   "Twitter's R@1": 0.191,
   "Twitter's R@5": 0.316,
@@ -42,14 +43,14 @@ RIDGE = {
   "held-out R@5": 0.346,
   "held-out R@10": 0.476,
 }
-RECALLS = """Means over the seeds, with their standard errors. From Google's drawings, with which it
-is trained, to Twitter's of the same concepts, and to those of concepts that are held out. The
-ridge regression, from 16x16 pixels to TF-IDF, has the same split: 1,720 concepts are learnt, 191
-held out. In this library's formats the text encoder's weights are `bf16+0`, as in the paper."""
+RECALLS = """Means over the seeds, with their standard errors. CLIP trains on Google's drawings. The
+tests are Twitter's drawings of the same concepts, and Google's drawings of held-out concepts. The
+ridge regression, from 16x16 pixels to TF-IDF, uses the same split: 1,720 concepts are learnt, 191
+held out. In this library's formats, the text encoder's weights are `bf16+0`, as in the paper."""
 
 
 def memory_tables() -> dict:
-  """What `python -m benchmarks.papers` found: versions, date, and the tables of all workloads."""
+  """The results of `python -m benchmarks.papers`: versions, date, and tables of all workloads."""
   folder = pathlib.Path(__file__).parent.parent / "benchmarks/results"
   order = ("parameters", "t5", "dlrm", "resnet18", "dcgan", "clip")
   paths = [folder / f"papers_{name}_h100_compile.json" for name in order]
@@ -60,7 +61,7 @@ def memory_tables() -> dict:
 
 
 def memory(found: dict) -> list[str]:
-  """What the papers' models take at their full sizes."""
+  """The section on the memory of the papers' models at full size."""
   lines = ["## What it costs in memory", "", MEMORY.format(**found)]
   text = lambda v: f"{v:.2f}" if isinstance(v, float) else str(v)
   for title, rows in found["tables"].items():
@@ -70,7 +71,7 @@ def memory(found: dict) -> list[str]:
 
 
 def time(examples: dict[str, Runs]) -> list[str]:
-  """What a step of the examples took."""
+  """The section on the time of a step of each example."""
   rows = []
   for name, runs in examples.items():
     times = [
@@ -83,7 +84,7 @@ def time(examples: dict[str, Runs]) -> list[str]:
 
 
 def recalls(runs: Runs) -> list[str]:
-  """What CLIP finds, in every format, and what the simplest model does."""
+  """CLIP's recalls in every format, and those of the baseline."""
   rows = [["ridge regression", *(f"{value:.3f}" for value in RIDGE.values()), ""]]
   for fmt, by_seed in runs.items():
     found = np.array(
@@ -95,10 +96,10 @@ def recalls(runs: Runs) -> list[str]:
 
 
 def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str]:
-  """What the papers report, and what is found here."""
+  """The section on the papers' claims and our results."""
 
   def lower(activations):
-    """By how much the peak of each of the papers' models is lower."""
+    """The relative reduction of the peak of each of the papers' models."""
     found = [
       f"{title.split(',')[0].split(' (')[0]} {row['lower by']}"
       for title, rows in tables.items()
@@ -115,7 +116,7 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
   )
 
   def held(fmt):
-    """In which examples a format is not worse."""
+    """The number of examples in which a format is not worse, and those in which it is."""
     there = {name: compare(runs, fmt) for name, runs in examples.items() if fmt in runs}
     good = [name for name, c in there.items() if c.is_good]
     bad = [f"{name} {percent(c)}" for name, c in there.items() if not c.is_good]
@@ -132,7 +133,7 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
     ("2309.12381: accuracy is kept (8 extra bits)", f"`{EIGHT}`: {held(EIGHT)}"),
     ("the same, with 8-bit statistics", f"`{GOAL}`: {held(GOAL)}"),
     (
-      "2309.12381: stochastic rounding in the place of extra bits, against truncation",
+      "2309.12381: stochastic rounding instead of extra bits, compared with truncation",
       f"no extra bits: stochastic {held(bits_name('bf16', 0, 'stochastic'))};"
       f" truncated {held(bits_name('bf16', 0, 'truncate'))}",
     ),
@@ -141,9 +142,9 @@ def claims(examples: dict[str, Runs], tables: dict[str, list[dict]]) -> list[str
       f"`{MASTER}` {held(MASTER)}; `bf16` {held('bf16')}",
     ),
     (
-      "2103.00020: half-precision statistics and a half-precision text encoder hinder nothing",
+      "2103.00020: half-precision statistics and a half-precision text encoder do no harm",
       f"worse by, in R@1 and in the training loss: {recipe}",
     ),
   ]
-  columns = ["what they report", "found here"]
+  columns = ["reported", "found here"]
   return ["## Beside the papers", "", *markdown(columns, rows)]

@@ -1,14 +1,14 @@
 """CLIP on emoji, with its whole memory recipe (arXiv 2103.00020, section 2.5).
 
-Google's drawings are learnt with their names and keywords; a tenth of the concepts is held out.
-There are few of them, so that convolutions stand in front of a small transformer of 8x8 patches.
-Figures: how often a drawing's own text is among the 1, 5 and 10 nearest, from Twitter's drawings
-of the learnt concepts, and from drawings of the held-out ones; and the same of a ridge regression
-from 16x16 pixels to TF-IDF.
+The model learns Google's drawings with their names and keywords; a tenth of the concepts is held
+out. The data set is small, so convolutions precede a small transformer of 8x8 patches. Figures:
+how often a drawing's own text is among the 1, 5 and 10 nearest, for Twitter's drawings of the
+learnt concepts and for drawings of the held-out concepts. A ridge regression from 16x16 pixels to
+TF-IDF is the baseline.
 
-Of the recipe, all on by default, can be switched off: gradient checkpointing, similarities
-sharded over the devices, the text encoder's own stochastically rounded weights, half-precision
-Adam statistics (--format bf16+8/fp32).
+All of the recipe is on by default, and each part can be switched off: gradient checkpointing,
+similarities sharded over the devices, stochastically rounded weights of the text encoder, and
+half-precision Adam statistics (--format bf16+8/fp32).
 """
 
 import functools
@@ -25,7 +25,7 @@ UNKNOWN, END = 1, 2  # and data.PAD
 
 
 class Concepts:
-  """The emoji: drawings, texts, and which are held out."""
+  """The emoji: drawings, texts, and the split into learnt and held-out concepts."""
 
   def __init__(self):
     self.emoji = data.emoji()
@@ -37,16 +37,16 @@ class Concepts:
     self.code = {word: 3 + i for i, word in enumerate(known)}
 
   def all_words(self, i: int) -> list[list[str]]:
-    """The name's words, and each keyword's."""
+    """The words of the name, and those of each keyword."""
     return [self.names[i], *self.tags[i]]
 
   @property
   def vocabulary(self) -> int:
-    """The number of tokens; the last ends a text."""
+    """The number of tokens; the last one ends a text."""
     return len(self.code) + 4
 
   def tokens(self, rows, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Texts of concepts, int32 [count, CONTEXT]: the name, and keywords; shuffled with `rng`."""
+    """Texts of concepts, int32 [count, CONTEXT]: name and keywords, randomized with `rng`."""
     out = np.zeros((len(rows), CONTEXT), np.int32)
     for line, i in zip(out, rows, strict=True):
       parts = self.all_words(i)
@@ -56,7 +56,7 @@ class Concepts:
         if rng.random() < 0.2 and len(parts) > 1:
           parts = parts[1:]
       codes = [self.code.get(word, UNKNOWN) for words in parts for word in words]
-      if rng is not None:  # as it will be with the words of held-out concepts
+      if rng is not None:  # held-out concepts will contain unknown words, too
         codes = np.where(rng.random(len(codes)) < 0.1, UNKNOWN, codes).tolist()
       codes = [*codes[: CONTEXT - 1], self.vocabulary - 1]
       line[: len(codes)] = codes
@@ -72,7 +72,7 @@ def _words(text: str) -> list[str]:
 
 
 def augment(images_BxHxWxC, rng: np.random.Generator) -> np.ndarray:
-  """Other sizes, places and colours; a twentieth of the patches hidden."""
+  """Varies sizes, positions and colours, and hides a twentieth of the patches."""
   batch, size = images_BxHxWxC.shape[:2]
   scale = rng.uniform(0.8, 1.25, (batch, 1))
   shift = rng.uniform(-3, 3, (2, batch, 1))
@@ -113,7 +113,7 @@ def ridge(concepts: Concepts, penalty: float = 10.0) -> dict[str, float]:
 
 
 def figures(of_images, of_texts, concepts: Concepts) -> dict[str, float]:
-  """Recalls of both tests, from functions to unit vectors (or a multiple)."""
+  """The recalls of both tests, from functions that return unit vectors (or multiples of them)."""
   found = {}
   for name, style, rows in (
     ("Twitter's", "twitter", concepts.learnt),
@@ -125,7 +125,7 @@ def figures(of_images, of_texts, concepts: Concepts) -> dict[str, float]:
 
 
 def make_task(args, dtype) -> training.Task:
-  """The task: which text belongs to which drawing."""
+  """The task: to match texts and drawings."""
   concepts = Concepts()
   encoder = clip_model.Encoder(args.layers, args.width, args.heads)
   sizes = clip_model.Sizes(
@@ -161,16 +161,16 @@ def make_task(args, dtype) -> training.Task:
 
 
 def is_text(path) -> bool:
-  """Whether a leaf of the parameters is the text encoder's."""
+  """Whether a leaf of the parameters belongs to the text encoder."""
   return path[0].key.startswith("text")
 
 
 def make_optimizer(fmt: training.Format, args, seed: int = 0):
-  """One optimizer for the text encoder, whose weights have a format of their own, and one else."""
+  """An optimizer for the text encoder, with its own weight format, and one for the rest."""
   text = training.parse_format(f"{args.text_format}/{fmt.statistics}") if args.text_format else fmt
   if fmt.weights is None or text == fmt:
     return training.make_optimizer(fmt, args, seed)
-  if args.release:  # one optimizer, and formats by leaf
+  if args.release:  # gradient release takes one optimizer, with formats by leaf
 
     def weights(path, leaf):
       if leaf.ndim < 2:
@@ -206,12 +206,16 @@ def make_parser():
   add = parser.add_argument
   for name in ("checkpointing", "shard-similarities"):
     add(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
-  add("--text-format", default="bf16+0", help='of the text encoder\'s weights; "" as elsewhere')
+  add(
+    "--text-format",
+    default="bf16+0",
+    help='format of the text encoder\'s weights; "" for that of --format (%(default)s)',
+  )
   return parser
 
 
 def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+  """Trains every format, prints the table and saves the figure."""
   args = training.parse(make_parser(), argv)
   print("ridge regression:", {k: round(v, 3) for k, v in ridge(Concepts()).items()})
   training.main("clip", make_task, args, make_optimizer)

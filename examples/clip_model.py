@@ -14,7 +14,7 @@ MAX_SCALE = 100.0
 
 
 class Encoder(NamedTuple):
-  """Sizes of a transformer."""
+  """The sizes of a transformer."""
 
   layers: int
   width: int
@@ -22,7 +22,7 @@ class Encoder(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """Sizes of a model; with a stem, a patch is a power of two, and embedded by a `Stem`."""
+  """The sizes of a model; with a stem, a patch is a power of two, and a `Stem` embeds it."""
 
   image: Encoder
   text: Encoder
@@ -38,7 +38,7 @@ VIT_B_32 = Sizes(Encoder(12, 768, 12), Encoder(12, 512, 8), 32, 512, 49408, 77, 
 
 
 class Block(nn.Module):
-  """Attention and MLP, each behind a norm and around a residual."""
+  """Attention and MLP, each with a pre-norm and a residual connection."""
 
   heads: int
   is_causal: bool
@@ -50,7 +50,7 @@ class Block(nn.Module):
     dense = functools.partial(nn.Dense, dtype=self.dtype)
     norm = lambda x: nn.LayerNorm(dtype=jnp.float32)(x).astype(self.dtype)
     qkv = dense(3 * width)(norm(x_BxTxD)).reshape(*x_BxTxD.shape[:2], 3, self.heads, -1)
-    if self.dtype == jnp.float16:  # XLA:CPU has no float16 product with float32 sums
+    if self.dtype == jnp.float16:  # XLA:CPU cannot multiply float16 with float32 sums
       qkv = qkv.astype(jnp.float32)
     attended = jax.nn.dot_product_attention(
       qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=self.is_causal
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-  """Convolutions of stride 2 in the place of a matrix for each patch (arXiv 2106.14881)."""
+  """Convolutions of stride 2 instead of a matrix for each patch (arXiv 2106.14881)."""
 
   patch: int
   width: int
@@ -80,14 +80,14 @@ class CLIP:
   """The model as functions of its layers.
 
   Args:
-    sizes: of both encoders.
-    dtype: in which they compute.
+    sizes: the sizes of both encoders.
+    dtype: the dtype that they compute in.
   """
 
   def __init__(self, sizes: Sizes, dtype):
     self.sizes, self.dtype = sizes, dtype
     if sizes.has_stem and (sizes.patch < 2 or sizes.patch.bit_count() != 1):
-      raise ValueError(f"with a stem, a patch is a power of two above 1, not {sizes.patch}")
+      raise ValueError(f"with a stem, a patch must be a power of two above 1, not {sizes.patch}")
     self.stem = Stem(sizes.patch, sizes.image.width, dtype)
     self.blocks = {
       "image": Block(sizes.image.heads, False, dtype),
@@ -95,7 +95,7 @@ class CLIP:
     }
 
   def init(self, key):
-    """Float32 parameters, a top-level entry for each layer."""
+    """The float32 parameters, with a top-level entry for each layer."""
     s = self.sizes
     keys = iter(jax.random.split(key, s.image.layers + s.text.layers + 8))
     normal = lambda scale, *shape: scale * jax.random.normal(next(keys), shape)
@@ -147,7 +147,7 @@ class CLIP:
     batch, size, patch = len(images_BxHxWxC), self.sizes.image_size, self.sizes.patch
 
     def embed(weights, images):
-      if self.sizes.has_stem:  # an image is padded with 0: white
+      if self.sizes.has_stem:  # convolutions pad with 0; after 1 - images, that is white
         x = self.stem.apply({"params": weights["patches"]}, 1 - images)
       else:
         side = size // patch
@@ -181,23 +181,23 @@ class CLIP:
 
 
 def clip_temperature(params):
-  """Logits are never scaled by more than 100 (but for the rounding of a half-precision weight)."""
+  """Limits the scale of logits to 100 (up to the rounding of a half-precision weight)."""
   log_scale = jnp.minimum(params["temperature"]["log_scale"], math.log(MAX_SCALE))
   return params | {"temperature": {"log_scale": log_scale}}
 
 
 def contrastive_loss(image_BxE, text_BxE, scale, mesh=None):
-  """Which text belongs to which image, and which image to which text: mean cross-entropy.
+  """The mean cross-entropy of finding the text of each image, and the image of each text.
 
   Args:
-    image_BxE: unit vectors [batch, embedding].
-    text_BxE: the same of texts; those of one row belong together.
-    scale: of the similarities.
-    mesh: devices along "data", each of which computes the similarities of its
-      own rows with all; None computes the whole matrix in one place.
+    image_BxE: unit vectors of images [batch, embedding].
+    text_BxE: unit vectors of texts [batch, embedding]; equal rows match.
+    scale: the factor of the similarities.
+    mesh: devices along "data"; each computes the similarities of its own rows
+      with all rows. None computes the whole matrix in one place.
 
   Returns:
-    The loss, a float32 scalar.
+    The loss in nats, a float32 scalar.
   """
   if mesh is None:
     logits = scale * image_BxE @ text_BxE.T

@@ -1,4 +1,4 @@
-"""A format against fp32, over the seeds of a sweep.
+"""Compares a format with fp32, over the seeds of a sweep.
 
 A format is not worse than fp32 if the mean of its paired differences (same seed: same weights,
 same batches) is at most two standard errors, or at most 0.5% of fp32's figure.
@@ -20,14 +20,14 @@ HIGHER_IS_BETTER = ("accuracy", "AUC", "words right", "R@1", "R@5", "R@10")
 
 
 class Comparison(NamedTuple):
-  """A format against fp32, over seeds.
+  """A comparison of a format with fp32, over seeds.
 
   Attributes:
-    mean: of the figure.
-    base: fp32's.
-    worse: mean of the paired differences; above zero is worse.
-    error: their standard error.
-    seeds: how many.
+    mean: the mean of the figure.
+    base: the mean of fp32's figure.
+    worse: the mean of the paired differences; positive is worse.
+    error: the standard error of that mean.
+    seeds: the number of seeds.
   """
 
   mean: float
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 
   @property
   def relative(self) -> float:
-    """How much worse, over fp32's figure."""
+    """The mean difference, relative to fp32's figure."""
     return self.worse / abs(self.base)
 
   @property
@@ -51,7 +51,7 @@ Runs = dict[str, dict[int, dict]]  # by format and seed
 
 
 def load(path: pathlib.Path) -> Runs:
-  """The results of an example."""
+  """Loads the results of an example."""
   runs: Runs = collections.defaultdict(dict)
   for line in path.read_text().splitlines():
     result = json.loads(line)
@@ -60,24 +60,24 @@ def load(path: pathlib.Path) -> Runs:
 
 
 def metric_of(runs: Runs) -> str:
-  """The figure that formats are compared by: an example's first."""
+  """The name of the figure that compares formats: the first one of an example."""
   return next(iter(next(iter(runs["fp32"].values()))["figures"]))
 
 
 def by_training_loss(runs: Runs) -> Runs:
-  """The same runs, to be compared by the loss at the end of training."""
+  """The same runs, compared by the loss at the end of training."""
   figures = lambda r: {"figures": {"training loss": r["final training loss"]}}
   return {f: {seed: r | figures(r) for seed, r in found.items()} for f, found in runs.items()}
 
 
 def standard_error(values):
-  """Of the mean along the first axis; 0 of a single value."""
+  """The standard error of the mean along the first axis; 0 for a single value."""
   values = np.asarray(values)
   return values.std(0) / np.sqrt(max(len(values) - 1, 1))
 
 
 def compare(runs: Runs, fmt: str) -> Comparison:
-  """A format against fp32; runs whose figure or loss did not stay finite are as bad as can be."""
+  """Compares a format with fp32; a figure or loss that is not finite is infinitely worse."""
   metric = metric_of(runs)
   seeds = sorted(set(runs["fp32"]) & set(runs[fmt]))
   base, values = (
@@ -94,12 +94,12 @@ def compare(runs: Runs, fmt: str) -> Comparison:
 
 
 def bits_name(dtype: str, bits: int, rounding: str) -> str:
-  """The sweep's name of a format."""
+  """The name of a format in the sweep."""
   return f"{dtype}+{bits}:{rounding}/fp32"
 
 
 def enough_bits(runs: Runs, dtype: str, rounding: str) -> str:
-  """The least number of extra bits from which on no format of the sweep is worse."""
+  """The smallest number of extra bits from which on no format of the sweep is worse."""
   least = "none"
   for bits in sorted(sweep.EXTRA_BITS, reverse=True):
     name = bits_name(dtype, bits, rounding)
@@ -110,17 +110,17 @@ def enough_bits(runs: Runs, dtype: str, rounding: str) -> str:
 
 
 def percent(c: Comparison) -> str:
-  """How much worse, for a table."""
+  """The relative difference, for a table."""
   return f"{c.relative:+.2%}" if np.isfinite(c.worse) else "not finite"
 
 
 def cells(c: Comparison) -> list[str]:
-  """A comparison under the columns COMPARED."""
+  """The cells of a comparison, for the columns COMPARED."""
   return [f"{c.worse:+.4f}", f"{c.error:.4f}", percent(c), "yes" if c.is_good else "no"]
 
 
 def verdict(runs: Runs, fmt: str) -> str:
-  """How much worse a format is; bold if it counts as worse."""
+  """The relative difference of a format; bold if it counts as worse."""
   if fmt not in runs:
     return ""
   c = compare(runs, fmt)

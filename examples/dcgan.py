@@ -1,8 +1,8 @@
 """DCGAN on Fashion-MNIST: a generator and a discriminator, trained against each other.
 
-The networks of arXiv 1511.06434, as trained in 2309.12381 and 1710.03740; both take a step at
-once, with one optimizer. Figure: the Fréchet distance between generated images and test images,
-each a normal distribution of the 64 largest principal components of the training images.
+The networks of arXiv 1511.06434, as trained in 2309.12381 and 1710.03740. Both step together, with
+one optimizer. Figure: the Fréchet distance between generated images and test images, each modelled
+as a normal distribution on the 64 largest principal components of the training images.
 """
 
 import functools
@@ -19,7 +19,7 @@ NOISE, COMPONENTS = 64, 64
 
 
 class Up(nn.Module):
-  """A step of the generator: twice as large; from a vector, 4x4."""
+  """A step of the generator, which doubles the size of an image; a vector becomes 4x4."""
 
   width: int
   dtype: jnp.dtype
@@ -41,7 +41,7 @@ class Up(nn.Module):
 
 
 class Down(nn.Module):
-  """A step of the discriminator: half as large; the last gives a logit."""
+  """A step of the discriminator, which halves the size of an image; the last returns a logit."""
 
   width: int
   dtype: jnp.dtype
@@ -59,13 +59,13 @@ class Down(nn.Module):
 
 
 class DCGAN:
-  """Both networks as functions of their layers; batch statistics are kept by layer.
+  """Both networks as functions of their layers, with batch statistics by layer.
 
   Args:
-    width: of the layer at the images' size / 2.
-    size: of the images, 8 times a power of two.
-    channels: of the images.
-    dtype: in which they compute.
+    width: the width of the layer at half the size of the images.
+    size: the size of the images, 8 times a power of two.
+    channels: the channels of the images.
+    dtype: the dtype that they compute in.
   """
 
   def __init__(self, width: int, size: int, channels: int, dtype):
@@ -78,7 +78,7 @@ class DCGAN:
     self.discriminator[f"down_{steps}"] = Down(1, dtype, is_last=True)
 
   def init(self, key):
-    """Float32 parameters and batch statistics, an entry for each layer."""
+    """The float32 parameters and the batch statistics, with an entry for each layer."""
     blocks = self.generator | self.discriminator
     return batch_stats.init_blocks(blocks, jnp.zeros((1, NOISE)), key)[:2]
 
@@ -96,7 +96,7 @@ class DCGAN:
     return x, new
 
   def loss(self, layers, kept, images, noise):
-    """The sum of both losses, each of which moves its own network; and new statistics."""
+    """The sum of both losses, each with gradients for its own network; and new statistics."""
     fakes, of_generator = self.run(self.generator, layers, kept, noise)
     judge = functools.partial(self.run, self.discriminator, layers, kept)
     reals_B, of_discriminator = judge(images)
@@ -110,7 +110,7 @@ class DCGAN:
 
 
 def frechet_distance(a_NxF, b_NxF) -> float:
-  """Between the normal distributions with the means and covariances of two sets of features."""
+  """The distance of two sets of features, each modelled as a normal distribution."""
   covariances = [np.cov(x, rowvar=False) for x in (a_NxF, b_NxF)]
   values, vectors = np.linalg.eigh(covariances[0])
   root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
@@ -120,7 +120,7 @@ def frechet_distance(a_NxF, b_NxF) -> float:
 
 
 def make_task(args, dtype) -> training.Task:
-  """The task: images of clothes, padded to 32 pixels, between -1 and 1."""
+  """The task: to generate images of clothes, padded to 32 pixels, with values from -1 to 1."""
   train, test = data.fashion_mnist()
   model = DCGAN(args.width, 32, 1, dtype)
 
@@ -166,12 +166,12 @@ def make_parser():
     batch=64,
     learning_rate=1e-3,
     optimizer="adam",
-    b1=0.5,  # as in the paper: with 0.9 the two oscillate
+    b1=0.5,  # as in the paper; with 0.9 the two networks oscillate
   )
 
 
 def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+  """Trains every format, prints the table and saves the figure."""
   training.main("dcgan", make_task, training.parse(make_parser(), argv))
 
 

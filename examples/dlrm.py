@@ -1,8 +1,8 @@
 """DLRM on MovieLens-100k: embedding tables, an MLP of numbers, and their pairwise products.
 
-The model of arXiv 1906.00091, as trained in 2309.12381, section 4. Which ratings are 4 or
-5? Trained on the earlier 80%, tested on the later 20%, most of whose users are new: the
-figures are the area under the ROC curve and the loss.
+The model of arXiv 1906.00091, as trained in 2309.12381, section 4. It predicts which ratings are 4
+or 5. It trains on the earlier 80% and is tested on the later 20%, whose users are mostly new.
+Figures: the area under the ROC curve, and the loss.
 """
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from examples import data, training
 
 
 class MLP(nn.Module):
-  """Dense layers with ReLU; the last one without, if `is_last`."""
+  """Dense layers with ReLU; with `is_last`, the last layer has none."""
 
   widths: tuple[int, ...]
   dtype: jnp.dtype
@@ -34,11 +34,11 @@ class DLRM:
   """The model as functions of its layers.
 
   Args:
-    rows: of each embedding table.
-    numbers: how many features are no categories.
-    width: of the embeddings.
-    top: widths of the last MLP's hidden layers.
-    dtype: in which it computes.
+    rows: the rows of each embedding table.
+    numbers: the number of numerical features.
+    width: the width of the embeddings.
+    top: the widths of the last MLP's hidden layers.
+    dtype: the dtype that it computes in.
   """
 
   def __init__(self, rows: tuple[int, ...], numbers: int, width: int, top: tuple[int, ...], dtype):
@@ -47,7 +47,7 @@ class DLRM:
     self.top = MLP((*top, 1), dtype, is_last=True)
 
   def init(self, key):
-    """Float32 parameters, a top-level entry for each layer."""
+    """The float32 parameters, with a top-level entry for each layer."""
     keys = jax.random.split(key, len(self.rows) + 2)
     params = {
       f"table_{i}": jax.random.uniform(keys[i], (n, self.width), minval=-1, maxval=1) * n**-0.5
@@ -59,7 +59,7 @@ class DLRM:
     return params
 
   def logits(self, layers, categories_BxC, numbers_BxN):
-    """Float32 logits [batch]."""
+    """The logits, float32 [batch]."""
     dense_BxD = layers["bottom"](lambda w, x: self.bottom.apply({"params": w}, x), numbers_BxN)
     look_up = lambda table, rows: table.astype(self.dtype)[rows]
     vectors = [dense_BxD] + [
@@ -73,7 +73,7 @@ class DLRM:
     return logits.astype(jnp.float32)
 
   def loss(self, layers, kept, categories_BxC, numbers_BxN, likes_B):
-    """Mean cross-entropy, and what is kept as it is."""
+    """The mean cross-entropy in nats, and kept, unchanged."""
     logits_B = self.logits(layers, categories_BxC, numbers_BxN)
     return optax.sigmoid_binary_cross_entropy(logits_B, likes_B).mean(), kept
 
@@ -128,7 +128,7 @@ def make_parser():
 
 
 def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+  """Trains every format, prints the table and saves the figure."""
   training.main("dlrm", make_task, training.parse(make_parser(), argv))
 
 

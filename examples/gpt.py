@@ -1,4 +1,4 @@
-"""A small GPT in Flax. Matrices compute in `dtype`; norms, softmax and loss in float32."""
+"""A small GPT in Flax. Matrices compute in `dtype`; norms, softmax and loss compute in float32."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import optax
 
 
 class Block(nn.Module):
-  """Attention and MLP, each behind a norm and around a residual."""
+  """Attention and MLP, each with a pre-norm and a residual connection."""
 
   heads: int
   dtype: Any
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-  """Next-character logits, float32 [batch, time, vocabulary]."""
+  """A model that returns next-character logits, float32 [batch, time, vocabulary]."""
 
   vocabulary: int
   layers: int
@@ -55,15 +55,15 @@ class GPT(nn.Module):
 
 
 def loss_fn(model: GPT, layers, windows_BxT1) -> jax.Array:
-  """Mean cross-entropy of the next character, in nats, float32.
+  """The mean cross-entropy of the next character, in nats.
 
   Args:
-    model: whose layers they are.
-    layers: what `lowmem.fused_backward` gives, or `training.all_layers(params)`.
+    model: the model.
+    layers: its layers, from `lowmem.fused_backward` or `training.all_layers(params)`.
     windows_BxT1: characters, int [batch, time + 1].
 
   Returns:
-    The loss.
+    The loss, a float32 scalar.
   """
 
   def call(name, module, *args):

@@ -1,6 +1,6 @@
-"""A character LSTM on Shakespeare's plays: the language model of 1710.03740, section 4.5, small.
+"""A character LSTM on Shakespeare's plays: a small version of 1710.03740, section 4.5.
 
-Held-out loss in nats a character, on four whole plays.
+Figure: the loss on four held-out plays, in nats a character.
 """
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from examples import data, training
 
 
 def make_task(args, dtype) -> training.Task:
-  """The task: next characters, after `args.context` of them."""
+  """The task: to predict next characters from up to `args.context` characters."""
   text, held_out, alphabet = data.plays()
   embed = nn.Embed(len(alphabet), args.width, dtype=dtype)
   lstm = nn.RNN(nn.OptimizedLSTMCell(args.width, dtype=dtype))
@@ -60,7 +60,7 @@ def make_parser():
 
 
 def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+  """Trains every format, prints the table and saves the figure."""
   training.main("lstm", make_task, training.parse(make_parser(), argv))
 
 

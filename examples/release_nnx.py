@@ -1,10 +1,10 @@
 """Gradient release with Flax NNX: batch statistics and dropout, layer by layer.
 
-An MLP guesses the next character of Shakespeare's plays. It is trained twice from
-the same weights, with the same batches and dropout: with the gradients of the whole
-model, which clipping by their global norm has to wait for, and with
-`lowmem.fused_backward`. Both compute every layer again in the backward pass, so that
-the peaks (what the compiled step needs) differ by what the gradients take.
+An MLP predicts the next character of Shakespeare's plays. It trains twice from the
+same weights, with the same batches and dropout: once with the gradients of the whole
+model, because clipping needs their global norm, and once with `lowmem.fused_backward`.
+Both compute every layer again in the backward pass, so the peaks (the memory of the
+compiled step) differ by the size of the gradients.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CONTEXT, WIDTH, LAYERS, BATCH = 16, 256, 4, 64
 
 
 class Block(nnx.Module):
-  """A residual MLP behind a batch norm."""
+  """A residual MLP after a batch norm."""
 
   def __init__(self, rngs: nnx.Rngs):
     linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.bfloat16, rngs=rngs)
@@ -33,13 +33,13 @@ class Block(nnx.Module):
     self.down = linear(4 * WIDTH, WIDTH)
 
   def __call__(self, x_BxD, key):
-    """The sum of x and the MLP's result; key is for the dropout."""
+    """The sum of x and the MLP's result; dropout uses key."""
     h = nnx.gelu(self.up(self.norm(x_BxD)))
     return x_BxD + self.down(self.dropout(h, rngs=key))
 
 
 def make_model(vocabulary: int, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-  """The layers, each with parameters of its own."""
+  """The layers, each with its own parameters."""
   model = {f"block_{i}": Block(rngs) for i in range(LAYERS)}
   model["embed"] = nnx.Embed(vocabulary, WIDTH // CONTEXT, dtype=jnp.bfloat16, rngs=rngs)
   model["head"] = nnx.Linear(WIDTH, vocabulary, dtype=jnp.bfloat16, rngs=rngs)
@@ -47,7 +47,7 @@ def make_model(vocabulary: int, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
 
 
 def cross_entropy(call, windows_BxT1, key) -> jax.Array:
-  """Mean cross-entropy of the last character; `call(name, *args)` calls a layer."""
+  """The mean cross-entropy of the last character, in nats; `call(name, *args)` calls a layer."""
   x_BxD = call("embed", windows_BxT1[:, :-1]).reshape(len(windows_BxT1), WIDTH)
   for i in range(LAYERS):
     x_BxD = call(f"block_{i}", x_BxD, jax.random.fold_in(key, i))
@@ -56,14 +56,14 @@ def cross_entropy(call, windows_BxT1, key) -> jax.Array:
 
 
 def train(is_released: bool, args, training, held_out, vocabulary: int) -> dict:
-  """Trains the model; returns its figures."""
+  """Trains the model; returns a row of the table."""
   model = make_model(vocabulary, nnx.Rngs(args.seed))
   graphdef, params, stats = nnx.split(model, nnx.Param, ...)
   params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
   graphdefs = {name: nnx.graphdef(layer) for name, layer in model.items()}
 
   def run(name, weights, stats, *args):
-    """Calls a layer; returns its result and its new batch statistics."""
+    """Calls a layer; returns its result and new batch statistics."""
     layer = nnx.merge(graphdefs[name], weights, stats)
     return layer(*args), nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
 
@@ -77,7 +77,7 @@ def train(is_released: bool, args, training, held_out, vocabulary: int) -> dict:
     return cross_entropy(call, windows, key), {name: new[name] for name in stats}
 
   tx = lowmem.adamw(1e-3, weights=lambda path, leaf: "bf16+8" if leaf.ndim > 1 else "fp32")
-  if not is_released:  # fused_backward clips by itself
+  if not is_released:  # fused_backward does its own clipping
     tx = optax.chain(optax.clip_by_global_norm(1.0), tx)
   params, opt_state = lowmem.init(tx, params)
 
@@ -129,7 +129,7 @@ def main(argv=None):
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("--steps", type=int, default=100, help="training steps (%(default)s)")
-  parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
+  parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and dropout")
   args = parser.parse_args(argv)
   if args.steps < 1:
     parser.error(f"--steps is at least 1; got {args.steps}")

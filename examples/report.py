@@ -12,19 +12,19 @@ PARTS = ("weights", "residuals", "moments", "gradients")
 
 
 def peak_bytes(compiled) -> int:
-  """Device memory that a compiled step needs: arguments, temporaries and new outputs."""
+  """The device memory of a compiled step in bytes: arguments, temporaries and new outputs."""
   stats = compiled.memory_analysis()
   new_outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
   return stats.argument_size_in_bytes + stats.temp_size_in_bytes + new_outputs
 
 
 def label(result: dict) -> str:
-  """A run's name: its format, and whether gradients were released."""
+  """The name of a run: its format, and whether it released gradients."""
   return result["format"] + (", release" if result["release"] else "")
 
 
 def table(results: list[dict]) -> str:
-  """One row a run: held-out figures, bytes a parameter by part, peak, time, skipped steps."""
+  """A row for each run: held-out figures, bytes a parameter by part, peak, time, skipped steps."""
   metrics = list(results[0]["figures"])
   rows = [["format", *metrics, *PARTS, "total", "peak MB", "ms/step", "skipped"]]
   for r in results:

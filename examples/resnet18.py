@@ -1,7 +1,8 @@
 """ResNet-18 on Fashion-MNIST: images of ten kinds of clothes.
 
-The network of arXiv 1512.03385, as trained in 2309.12381 and 1710.03740; images of under 64 pixels
-get a 3x3 stem without pooling. Figures: accuracy and loss on 2,000 test images.
+The network of arXiv 1512.03385, as trained in 2309.12381 and 1710.03740. For images under 64
+pixels, the stem is a 3x3 convolution without pooling. Figures: accuracy and loss on 2,000 test
+images.
 """
 
 import functools
@@ -14,7 +15,7 @@ import optax
 
 from examples import batch_stats, data, training
 
-STAGES = (1, 2, 4, 8)  # widths, in those of the first
+STAGES = (1, 2, 4, 8)  # widths relative to the first stage
 
 
 class Stem(nn.Module):
@@ -51,12 +52,12 @@ class Block(nn.Module):
 
 
 class ResNet18:
-  """The network as functions of its layers; batch statistics are kept by layer.
+  """The network as functions of its layers, with batch statistics by layer.
 
   Args:
-    width: of the first stage; 64 in the paper.
-    classes: of images.
-    dtype: in which it computes.
+    width: the width of the first stage; 64 in the paper.
+    classes: the number of classes.
+    dtype: the dtype that it computes in.
   """
 
   def __init__(self, width: int, classes: int, dtype):
@@ -69,30 +70,30 @@ class ResNet18:
     self.head = nn.Dense(classes, dtype=dtype)
 
   def init(self, key, image_shape):
-    """Float32 parameters and batch statistics, an entry for each layer."""
+    """The float32 parameters and the batch statistics, with an entry for each layer."""
     params, kept, x = batch_stats.init_blocks(self.blocks, jnp.zeros((1, *image_shape)), key)
     params["head"] = self.head.init(key, x.mean((1, 2)))["params"]
     return params, kept
 
   def logits(self, layers, kept, images_BxHxWxC, is_training: bool):
-    """Float32 logits [batch, classes], and the new batch statistics."""
+    """The logits, float32 [batch, classes], and the new batch statistics."""
     x, new = images_BxHxWxC.astype(self.dtype), {}
     for name, block in self.blocks.items():
       call = functools.partial(batch_stats.call_block, block, is_training)
       x, new[name] = layers[name](call, kept[name], x)
-    # Not x.mean((1, 2)), of which XLA:CPU (jaxlib 0.12.0.1) makes NaN here in bfloat16.
+    # Not x.mean((1, 2)): XLA:CPU (jaxlib 0.12.0.1) computes NaN for it here in bfloat16.
     pooled = lambda x: nn.avg_pool(x, x.shape[1:3])[:, 0, 0]
     x = layers["head"](lambda w, x: self.head.apply({"params": w}, pooled(x)), x)
     return x.astype(jnp.float32), new
 
   def loss(self, layers, kept, images, labels):
-    """Mean cross-entropy, and the new batch statistics."""
+    """The mean cross-entropy in nats, and the new batch statistics."""
     logits, kept = self.logits(layers, kept, images, True)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), kept
 
 
 def make_task(args, dtype) -> training.Task:
-  """The task: ten kinds of clothes."""
+  """The task: to classify ten kinds of clothes."""
   train, test = data.fashion_mnist()
   model = ResNet18(args.width, 10, dtype)
   scaled = lambda images: ((images - np.float32(73)) / np.float32(90))[..., None]
@@ -134,7 +135,7 @@ def make_parser():
 
 
 def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+  """Trains every format, prints the table and saves the figure."""
   training.main("resnet18", make_task, training.parse(make_parser(), argv))
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/results.md and its plots from what `make sweep` left in docs/results/."""
+"""Builds docs/results.md and its plots from the results of `make sweep` in docs/results/."""
 
 import itertools
 import pathlib
@@ -32,29 +32,28 @@ from examples.training import HALF
 import optax_lowmem as lowmem
 import pallas_kernels
 
-INTRODUCTION = """Made by `python -m examples.results` from what `make sweep` left in
-[results/](results) and `python -m benchmarks.papers` in benchmarks/results. The examples are small
-models on real data ([examples/README.md](../examples/README.md)), five seeds each; some formats of
-DCGAN, the noisiest, ten. A format is not worse than fp32 if the mean of its paired differences
-(same seed: same weights, same batches) is at most two standard errors, or at most 0.5% of fp32's
-figure; signs are turned so that above zero is worse. Formats are named weights/statistics: `fp32`,
-`bf16` and `fp16` are Optax with weights of that dtype, `master-bf16` is Optax with float32 weights
-and a model that computes in bfloat16; the rest are this library's, with stochastic rounding where
-none is named. Vectors (biases, gains) stay in float32 in this library's formats."""
-LOST = f"""`{GOAL}` against fp32, and the formats that are worse. `{MASTER}` beside it stores
-everything in float32 and only computes in bfloat16: what it loses, no way of storing weights
-can win back. CLIP's recalls are too coarse to tell any of its formats from another; its training
-loss is not."""
-ENOUGH = """The least number of extra bits (of those tried: 0, 1, 2, 4, 8, 16; float32 statistics)
-from which on no format is worse than fp32. 16 bits beside bfloat16 are float32 itself."""
-DIRECTION = """One more bit lets the half-precision part, too, be rounded stochastically
-(`low_rounding="stochastic"`; 2309.12381's direction bit), where "nearest" sends ties away from
-zero. Bias is the mean of low - x in steps of low, for x uniform between 1 and 2: with k extra
-bits one value in 2^k is a tie, and half a step too large."""
+INTRODUCTION = """`python -m examples.results` builds this page from the results of `make sweep` in
+[results/](results) and of `python -m benchmarks.papers` in benchmarks/results. The examples are
+small models on real data ([examples/README.md](../examples/README.md)), with five seeds each; some
+formats of DCGAN, the noisiest, have ten. Differences from fp32 are paired: same seed, same weights,
+same batches. A format is not worse than fp32 if the mean difference is at most two standard errors,
+or at most 0.5% of fp32's figure. Positive differences are worse. Formats are named
+weights/statistics. `fp32`, `bf16` and `fp16` are Optax with weights of that dtype. `master-bf16` is
+Optax with float32 weights and a model that computes in bfloat16. The others are this library's,
+with stochastic rounding where none is named; they keep vectors (biases, gains) in float32."""
+LOST = f"""`{GOAL}` compared with fp32, and the formats that are worse. `{MASTER}` stores everything
+in float32 and only computes in bfloat16; no storage format can recover its loss. CLIP's recalls are
+too coarse to distinguish its formats; its training loss is not."""
+ENOUGH = """The smallest number of extra bits (of 0, 1, 2, 4, 8, 16, with float32 statistics) from
+which on no format is worse than fp32. 16 bits beside bfloat16 are float32 itself."""
+DIRECTION = """With one more bit, the half-precision part is rounded stochastically, too
+(`low_rounding="stochastic"`; the direction bit of 2309.12381), whereas "nearest" rounds ties away
+from zero. Bias is the mean of low - x in steps of low, for x uniform between 1 and 2. With k extra
+bits, one value in 2^k is a tie, and is rounded half a step too high."""
 
 
 def table(runs: Runs) -> list[str]:
-  """Every format against fp32, and what it takes."""
+  """The table of an example: every format compared with fp32, its memory and time."""
   rows = []
   for fmt, by_seed in runs.items():
     c, one = compare(runs, fmt), next(iter(by_seed.values()))
@@ -67,7 +66,7 @@ def table(runs: Runs) -> list[str]:
 
 
 def plot(runs: Runs, title: str, path: pathlib.Path):
-  """How much worse a format is by its extra bits, with two standard errors."""
+  """Plots the relative differences over the extra bits, with two standard errors."""
   fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
   for axis, dtype in zip(axes, ("bf16", "fp16"), strict=True):
     for rounding in (*sweep.ROUNDINGS, "stochastic:stochastic"):
@@ -90,12 +89,12 @@ def plot(runs: Runs, title: str, path: pathlib.Path):
 
 
 def swept(examples: dict[str, Runs]) -> dict[str, Runs]:
-  """The examples with all bits and roundings."""
+  """The examples that were trained with all bits and roundings."""
   return {name: runs for name, runs in examples.items() if bits_name("bf16", 0, "nearest") in runs}
 
 
 def lost(examples: dict[str, Runs]) -> list[str]:
-  """Whether the goal holds in each example, and what does not."""
+  """The section on the goal in each example, and on the formats that are worse."""
   rows = []
   compared = list(examples.items())
   if "clip" in examples:
@@ -115,7 +114,7 @@ def lost(examples: dict[str, Runs]) -> list[str]:
 
 
 def extra_bits(examples: dict[str, Runs]) -> list[str]:
-  """How many bits are needed, and where stochastic rounding matters."""
+  """The sections on the bits that are enough, and on stochastic rounding."""
   least = [
     [name, dtype, *(enough_bits(runs, dtype, rounding) for rounding in sweep.ROUNDINGS)]
     for dtype in HALF
@@ -134,12 +133,12 @@ def extra_bits(examples: dict[str, Runs]) -> list[str]:
   ]
   lines = ["## How many extra bits are enough?", "", ENOUGH, ""]
   lines += markdown(["example", "dtype", *sweep.ROUNDINGS], least)
-  lines += ["", "## Where does stochastic rounding matter?", "", "How much worse than fp32:", ""]
+  lines += ["", "## Where does stochastic rounding matter?", "", "Worse than fp32 by:", ""]
   return lines + markdown(["example", "dtype", "extra bits", *sweep.ROUNDINGS], worse)
 
 
 def direction(examples: dict[str, Runs]) -> list[str]:
-  """What ties away from zero do, and a bit against it."""
+  """The section on the bias of ties, and on the direction bit, which removes it."""
   columns = ["dtype", "extra bits", "bias: nearest", "stochastic"]
   for name in swept(examples):
     columns += [f"{name}: nearest", "stochastic"]
@@ -189,7 +188,7 @@ def main():
     plot(runs, name, sweep.FOLDER / f"bits_{name}.png")
   out = sweep.FOLDER.parent / "results.md"
   out.write_text(page(examples))
-  print(f"wrote {out}: {', '.join(examples) or 'nothing, run `make sweep`'}")
+  print(f"wrote {out}: {', '.join(examples) or 'no results; run `make sweep`'}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """A character-level GPT on Shakespeare's plays: the demo (`make demo`).
 
-The same model, seed and batches for every format:
+It trains the same model with the same seed and batches in every format:
 
   fp32         optax.adamw on float32 weights
-  bf16         optax.adamw on bfloat16 weights: what people do naively
+  bf16         optax.adamw on bfloat16 weights: naive half precision
   bf16+0/fp32  bfloat16 weights, stochastically rounded; float32 statistics
   bf16+8/fp32  bfloat16 weights and 8 residual bits
-  fp16+8/fp32  float16 weights and 8 residual bits, under the dynamic loss scale
+  fp16+8/fp32  float16 weights and 8 residual bits, with a dynamic loss scale
   bf16+8/int8  the optimizer's statistics in 8 bits as well
 
-With --release the backward pass applies the optimizer, and computes every layer a second time
-(which alone lowers the peak of so small a model; examples/release_nnx.py shows what release
-adds to that). Figure: the loss on four whole plays, in nats a character.
+With --release, the backward pass applies the optimizer and computes every layer a second time.
+For so small a model, that recomputation alone lowers the peak; examples/release_nnx.py shows the
+effect of release itself. Figure: the loss on four held-out plays, in nats a character.
 """
 
 import jax
@@ -23,7 +23,7 @@ FORMATS = "fp32,bf16,bf16+0/fp32,bf16+8/fp32,fp16+8/fp32,bf16+8/int8"
 
 
 def make_task(args, dtype) -> training.Task:
-  """The task: next characters."""
+  """The task: to predict next characters."""
   text, held_out, alphabet = data.plays()
   model = gpt.GPT(len(alphabet), args.layers, args.width, args.heads, args.context, dtype)
 
@@ -67,11 +67,11 @@ def make_parser():
 
 
 def main(argv=None):
-  """Trains every format, prints the table, saves figure and figures."""
+  """Trains every format, prints the table and saves the figure."""
   parser = make_parser()
   args = training.parse(parser, argv)
   if args.width % args.heads:
-    parser.error(f"--heads {args.heads} does not divide --width {args.width}")
+    parser.error(f"--heads {args.heads} does not divide --width {args.width} evenly")
   training.main("shakespeare", make_task, args)
 
 

@@ -1,9 +1,9 @@
 """The sweep: how many extra bits are enough, and which rounding? (`make sweep`)
 
-Every example and format over five seeds, one process on each core; a format's step is compiled
-once. Results are added to docs/results/EXAMPLE.jsonl as they come, and what is there already is
-not run again, so that a sweep may be stopped and gone on with. `python -m examples.results`
-makes docs/results.md of them.
+It trains every example in every format with five seeds, one process on each core, and compiles
+the step of a format once. Results go to docs/results/EXAMPLE.jsonl as they arrive. Runs with a
+result there are skipped, so a sweep can be interrupted and resumed. `python -m examples.results`
+builds docs/results.md from the results.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BITS = tuple(
   f"{dtype}+{bits}:{rounding}/fp32"
   for dtype, bits, rounding in itertools.product(("bf16", "fp16"), EXTRA_BITS, ROUNDINGS)
 )
-# With one more bit for the direction in which the half-precision part was rounded.
+# One more bit records the direction in which the half-precision part was rounded.
 LOW_ROUNDING = tuple(
   f"{dtype}+{bits}:stochastic:stochastic/fp32"
   for dtype, bits in itertools.product(("bf16", "fp16"), (0, 1, 2, 3, 4))
@@ -42,12 +42,12 @@ T5 = "--layers 1 --width 64 --hidden 128 --steps 400"
 
 
 class Plan(NamedTuple):
-  """What an example is trained with.
+  """The runs of an example.
 
   Attributes:
-    formats: of weights and statistics.
-    options: besides the example's own.
-    example: its module; None where that is the plan's name.
+    formats: the formats of weights and statistics.
+    options: options that override the example's defaults.
+    example: the module of the example; None if the plan has its name.
   """
 
   formats: tuple[str, ...]
@@ -62,7 +62,7 @@ PLAN = {
   "lstm": Plan(EVERYTHING),
   "resnet18": Plan(SHORT, "--width 8 --steps 300"),
   "dcgan": Plan((*SHORT, "fp16"), "--width 8 --steps 500"),
-  "clip": Plan(CLIP, "--no-checkpointing"),  # which changes memory and time alone
+  "clip": Plan(CLIP, "--no-checkpointing"),  # checkpointing changes only memory and time
   "shakespeare": Plan(SHORT),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
   "sgd": Plan(OTHERS, f"{SMALL} --optimizer sgd --learning-rate 0.1", "shakespeare"),
@@ -85,7 +85,7 @@ def run(name: str, fmt: str, seeds: list[int]):
 
 
 def done(example: str) -> set[tuple[str, int]]:
-  """The formats and seeds that are there."""
+  """The formats and seeds that have results."""
   path = FOLDER / f"{example}.jsonl"
   if not path.exists():
     return set()
@@ -94,29 +94,29 @@ def done(example: str) -> set[tuple[str, int]]:
 
 
 def main():
-  """Runs what is not there yet."""
+  """Runs every format and seed that has no result yet."""
   parser = argparse.ArgumentParser(
     prog="python -m examples.sweep",
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("examples", nargs="*", help=f"of {', '.join(PLAN)}; all by default")
-  parser.add_argument("--seeds", type=int, default=5, help="how many (%(default)s)")
-  parser.add_argument("--minutes", type=float, default=360, help="at most (%(default)s)")
+  parser.add_argument("examples", nargs="*", help=f"any of {', '.join(PLAN)}; default: all")
+  parser.add_argument("--seeds", type=int, default=5, help="number of seeds (%(default)s)")
+  parser.add_argument("--minutes", type=float, default=360, help="time limit (%(default)s)")
   parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.one:
     example, fmt, seeds = args.one
     return run(example, fmt, json.loads(seeds))
   if unknown := set(args.examples) - set(PLAN):
-    parser.error(f"there is no example {', '.join(sorted(unknown))}; there are {', '.join(PLAN)}")
+    parser.error(f"unknown example: {', '.join(sorted(unknown))}; choose from {', '.join(PLAN)}")
   FOLDER.mkdir(parents=True, exist_ok=True)
   until = datetime.datetime.now() + datetime.timedelta(minutes=args.minutes)
   cores = sorted(os.sched_getaffinity(0))
   free = list(cores)
 
   def train(job):
-    """One format, all its seeds; returns whether it worked."""
+    """Trains one format with all its seeds; returns whether it succeeded."""
     example, fmt, seeds = job
     if datetime.datetime.now() > until:
       return True
@@ -147,7 +147,7 @@ def main():
         jobs.append((example, fmt, seeds))
   print(f"{len(jobs)} formats to train, on {len(cores)} cores", flush=True)
   with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-    sys.exit(not all(list(pool.map(train, jobs))))  # a format that fails stops no other
+    sys.exit(not all(list(pool.map(train, jobs))))  # a failure does not stop the other formats
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""T5, small, spells words out: from letters to phonemes (CMUdict), one word in twenty held out.
+"""A small T5 pronounces words: from letters to phonemes (CMUdict), one word in twenty held out.
 
 The encoder-decoder of arXiv 1910.10683, as trained in 2309.12381, section 4: root-mean-square
-norms, no biases, relative positions shared by the layers. Figures: held-out loss a phoneme, and
-how many words are right when the likeliest phoneme is taken each time.
+norms, no biases, relative positions shared by the layers. Figures: the held-out loss a phoneme in
+nats, and the share of words that greedy decoding gets right.
 """
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ BUCKETS = 32
 
 
 class Attention(nn.Module):
-  """Multi-head attention with a bias on the scores, which T5 does not scale."""
+  """Multi-head attention with a bias on the scores; T5 does not scale the scores."""
 
   heads: int
   head_width: int
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Self-attention, attention to the encoder where there is one, and an MLP."""
+  """Self-attention, attention to the encoder if there is one, and an MLP."""
 
   heads: int
   head_width: int
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 def bucket(length: int, is_causal: bool):
-  """T5's buckets of relative positions, int [length, length]: near ones apart, far ones by log."""
+  """T5's buckets of relative positions, int [length, length]; far ones are logarithmic."""
   distance = np.arange(length)[None, :] - np.arange(length)[:, None]
   count, offset = BUCKETS, 0
   if is_causal:
@@ -82,8 +82,8 @@ class T5:
 
   Args:
     sizes: layers (of encoder and decoder each), width, heads, head_width, hidden.
-    vocabularies: numbers of source and of target tokens.
-    dtype: in which it computes.
+    vocabularies: the numbers of source tokens and of target tokens.
+    dtype: the dtype that it computes in.
   """
 
   def __init__(self, sizes, vocabularies: tuple[int, int], dtype):
@@ -91,7 +91,7 @@ class T5:
     self.block = Block(sizes.heads, sizes.head_width, sizes.hidden, dtype)
 
   def init(self, key):
-    """Float32 parameters, a top-level entry for each layer."""
+    """The float32 parameters, with a top-level entry for each layer."""
     s = self.sizes
     keys = iter(jax.random.split(key, 2 * s.layers + 5))
     x, bias = jnp.zeros((1, 1, s.width)), jnp.zeros((1, s.heads, 1, 1))
@@ -129,7 +129,7 @@ class T5:
     return jnp.moveaxis(bias_TxTxH, -1, 0)[None]
 
   def encode(self, layers, source_BxS):
-    """What the decoder attends to [batch, source, width], and the bias that hides padding."""
+    """The memory of the decoder [batch, source, width], and the bias that masks padding."""
     hidden_Bx1x1xS = jnp.where(source_BxS == data.PAD, -1e9, 0.0)[:, None, None, :]
     x_BxSxD = layers["source"](self._embed, source_BxS)
     bias = self._position_bias(layers["source_bias"], source_BxS.shape[1], False) + hidden_Bx1x1xS
@@ -138,7 +138,7 @@ class T5:
     return layers["source_norm"](self._norm, x_BxSxD), hidden_Bx1x1xS
 
   def decode(self, layers, target_BxT, memory_BxSxD, hidden_Bx1x1xS):
-    """Float32 logits of the next target token [batch, target, vocabulary]."""
+    """The logits of the next target token, float32 [batch, target, vocabulary]."""
     length = target_BxT.shape[1]
     x_BxTxD = layers["target"](self._embed, target_BxT)
     bias = self._position_bias(layers["target_bias"], length, True)
@@ -153,13 +153,13 @@ class T5:
     return layers["head"](head, x_BxTxD).astype(jnp.float32)
 
   def loss(self, layers, source_BxS, target_BxT1):
-    """Mean cross-entropy of the tokens that are not padding."""
+    """The mean cross-entropy of the tokens that are not padding, in nats."""
     logits = self.decode(layers, target_BxT1[:, :-1], *self.encode(layers, source_BxS))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, target_BxT1[:, 1:])
     return losses.mean(where=target_BxT1[:, 1:] != data.PAD)
 
   def greedy(self, params, source_BxS, length: int):
-    """The likeliest token each time [batch, length], the first being `data.START`."""
+    """Greedy decoding, int32 [batch, length]; the first token is `data.START`."""
     layers = training.all_layers(params)
     memory = self.encode(layers, source_BxS)
 
@@ -172,7 +172,7 @@ class T5:
 
 
 def make_task(args, dtype) -> training.Task:
-  """The task: phonemes of a word."""
+  """The task: to find the phonemes of a word."""
   words = data.cmudict()
   model = T5(args, (3 + len(words.letters), 3 + len(words.phonemes)), dtype)
   train, test = words.training, data.Pairs(*(x[:2048] for x in words.held_out))
@@ -210,7 +210,7 @@ def make_parser():
 
 
 def main(argv=None):
-  """Trains every format; prints the table, saves the figure."""
+  """Trains every format, prints the table and saves the figure."""
   training.main("t5", make_task, training.parse(make_parser(), argv))
 
 

@@ -1,7 +1,7 @@
-"""What the examples share: their options, formats, training step and loop.
+"""The code that the examples share: options, formats, training step and loop.
 
-An example makes a `Task` of its model and data; `main` trains it in each of
---format, one after the other, with the same weights and batches.
+An example wraps its model and data in a `Task`. `main` trains it in each format of
+--format, one after the other, from the same weights and on the same batches.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import tqdm
 from examples import report
 import optax_lowmem as lowmem
 
-FORMATS_HELP = """a format, or several with commas, each WEIGHTS or WEIGHTS/STATISTICS:
-fp32 (Optax, float32); master-bf16, master-fp16 (Optax, float32 weights, the model computes in
-half precision); bf16, fp16 (Optax, half-precision weights: what people do naively); or a format
-of this library, bf16+8, perhaps with its roundings, bf16+4:truncate or bf16+4:nearest:stochastic
-(the second is of the half-precision part). STATISTICS: int8, bf16, fp16 or fp32 (int8)"""
+FORMATS_HELP = """a format, or several separated by commas, each WEIGHTS or WEIGHTS/STATISTICS.
+WEIGHTS: fp32 (Optax, float32); master-bf16, master-fp16 (Optax, float32 weights, the model computes
+in half precision); bf16, fp16 (Optax, naive half-precision weights); or a format of this library,
+for example bf16+8, optionally with roundings: bf16+4:truncate or bf16+4:nearest:stochastic (the
+second is that of the half-precision part). STATISTICS: int8, bf16, fp16 or fp32 (int8)"""
 HALF = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
-# Optax's, ours, what both are given, and our names of the statistics.
+# (Optax's optimizer, ours, arguments of both, our names of the statistics).
 OPTIMIZERS: dict[str, tuple[Callable, Callable, dict, tuple[str, ...]]] = {
   "adam": (optax.adam, lowmem.adam, {"b1": 0.9}, ("mu", "nu")),
   "adamw": (optax.adamw, lowmem.adamw, {"b1": 0.9, "weight_decay": 0.01}, ("mu", "nu")),
@@ -40,12 +40,12 @@ class Task(NamedTuple):
   """A model and its data.
 
   Attributes:
-    init: key -> (float32 params, what is kept beside them, {} where nothing is).
-    loss_fn: (layers, kept, *batch) -> (loss, kept): as `lowmem.fused_backward`
-      takes it, `layers[name](fn, *args)` being `fn(params[name], *args)`.
+    init: key -> (float32 params, kept); kept is state besides the parameters, or {}.
+    loss_fn: (layers, kept, *batch) -> (loss, kept), as for `lowmem.fused_backward`:
+      `layers[name](fn, *args)` is `fn(params[name], *args)`.
     batches: a numpy generator -> an endless iterator of batches.
-    evaluate: (params, kept) -> held-out figures by name, the first in plots.
-    project: params -> params, after each step.
+    evaluate: (params, kept) -> held-out figures by name; plots show the first.
+    project: params -> params, applied after each step.
   """
 
   init: Callable[[jax.Array], tuple[Any, Any]]
@@ -56,14 +56,14 @@ class Task(NamedTuple):
 
 
 class Format(NamedTuple):
-  """How weights and statistics are stored.
+  """The storage of weights and statistics.
 
   Attributes:
-    name: as it was given.
-    weights: a format of this library; None for Optax's.
-    statistics: of our optimizers.
-    stored: the dtype of Optax's weights.
-    dtype: in which the model computes.
+    name: its text in --format.
+    weights: a format of this library; None for Optax.
+    statistics: the format of our optimizers' statistics.
+    stored: the dtype of the stored weights.
+    dtype: the dtype that the model computes in.
   """
 
   name: str
@@ -74,52 +74,52 @@ class Format(NamedTuple):
 
   @property
   def loss_scale(self) -> bool:
-    """Whether gradients may leave the range of their dtype."""
+    """Whether gradients can leave the range of their dtype and need a loss scale."""
     return self.dtype == jnp.float16
 
 
 def parse_format(text: str) -> Format:
-  """Reads one of --format; raises ValueError with what is accepted."""
+  """Parses one format of --format; the ValueError for a bad one says what is accepted."""
   weights, slash, statistics = text.partition("/")
   if slash and statistics not in ("int8", "bf16", "fp16", "fp32"):
-    raise ValueError(f"format {text!r}: statistics are int8, bf16, fp16 or fp32")
+    raise ValueError(f"format {text!r}: the accepted statistics are int8, bf16, fp16 and fp32")
   if weights == "fp32" or weights in HALF or weights.removeprefix("master-") in HALF:
     if slash:
-      raise ValueError(f"format {text!r}: statistics are chosen for formats such as bf16+8")
+      raise ValueError(f"format {text!r}: only formats such as bf16+8 have /STATISTICS")
     dtype = HALF.get(weights.removeprefix("master-"), jnp.float32)
     stored = dtype if weights in HALF else jnp.float32
     return Format(text, None, "fp32", stored, dtype)
   bits, *roundings = weights.split(":")
   fmt = lowmem.DeltaFormat.parse(bits)
   if len(roundings) > 2:
-    raise ValueError(f"format {text!r}: rounding and low_rounding follow the bits, and no more")
+    raise ValueError(f"format {text!r}: only rounding and low_rounding may follow the bits")
   names = ("rounding", "low_rounding")[: len(roundings)]
   fmt = lowmem.DeltaFormat(fmt.dtype, fmt.extra_bits, **dict(zip(names, roundings, strict=True)))
   return Format(text, fmt, statistics or "int8", fmt.dtype, fmt.dtype)
 
 
 def make_optimizer(fmt: Format, args, seed: int = 0, weights=None):
-  """The optimizer of a run, from the options: see `bare_optimizer` and `guarded`."""
+  """The optimizer of a run, from the options; see `bare_optimizer` and `guarded`."""
   return guarded(bare_optimizer(fmt, args, seed, weights), fmt, args)
 
 
 def guarded(tx, fmt: Format, args):
-  """An optimizer behind what concerns the whole gradient: clipping and the loss scale."""
-  if args.clip_norm and not is_released(fmt, args):  # fused_backward clips by itself
+  """Adds the steps that need the whole gradient to an optimizer: clipping and the loss scale."""
+  if args.clip_norm and not is_released(fmt, args):  # fused_backward does its own clipping
     tx = optax.chain(optax.clip_by_global_norm(args.clip_norm), tx)
   return lowmem.dynamic_loss_scale(tx) if fmt.loss_scale else tx
 
 
 def bare_optimizer(fmt: Format, args, seed: int = 0, weights=None):
-  """An optimizer of some leaves or all, from the options.
+  """An optimizer for some or all leaves, from the options.
 
   Args:
-    fmt: of weights and statistics.
-    args: the options: optimizer, learning_rate, steps; an example may set b1,
-      weight_decay or momentum, too.
-    seed: of stochastic rounding.
-    weights: formats by leaf in the place of `fmt.weights` for every leaf that
-      is not a vector or a scalar (those stay in float32).
+    fmt: the format of weights and statistics.
+    args: the options: optimizer, learning_rate, steps; an example may also set b1,
+      weight_decay or momentum.
+    seed: the seed of stochastic rounding.
+    weights: formats by leaf; by default `fmt.weights`, but float32 for vectors and
+      scalars.
 
   Returns:
     The transformation.
@@ -138,7 +138,7 @@ def bare_optimizer(fmt: Format, args, seed: int = 0, weights=None):
 
 
 def init(fmt: Format, tx, params):
-  """Weights in their format and the optimizer's state, from float32 weights."""
+  """Converts float32 weights to their format; returns them and the optimizer state."""
   if fmt.weights is not None:
     return lowmem.init(tx, params)
   params = jax.tree.map(lambda x: x.astype(fmt.stored), params)
@@ -146,7 +146,7 @@ def init(fmt: Format, tx, params):
 
 
 def is_released(fmt: Format, args) -> bool:
-  """Whether the backward pass applies the optimizer; Optax's cannot."""
+  """Whether the backward pass applies the optimizer; it cannot apply Optax's."""
   return args.release and fmt.weights is not None
 
 
@@ -154,18 +154,18 @@ def all_layers(params, checkpointing: bool = False):
   """The layers that a loss function calls: `layers[name](fn, *args)` is `fn(params[name], *args)`.
 
   Args:
-    params: a dict of each layer's parameters.
+    params: the parameters, a dict by layer.
     checkpointing: whether the backward pass computes each layer again.
 
   Returns:
-    The dict.
+    The layers, a dict of functions.
   """
   wrap = jax.checkpoint if checkpointing else lambda fn: fn
   return {name: lambda fn, *args, w=w: wrap(fn)(w, *args) for name, w in params.items()}
 
 
 def make_step(task: Task, tx, args, release: bool = False):
-  """(params, opt_state, kept, *batch) -> ((loss, kept), params, opt_state)."""
+  """A step (params, opt_state, kept, *batch) -> ((loss, kept), params, opt_state)."""
 
   def step(params, opt_state, kept, *batch):
     def scaled_loss(params):
@@ -196,18 +196,18 @@ def train(
   """Trains a format once for each seed, with one compiled step.
 
   Args:
-    make_task: (options, dtype) -> the task.
-    fmt: of weights and statistics.
+    make_task: (options, dtype) -> task.
+    fmt: the format of weights and statistics.
     args: the options.
-    seeds: of weights, batches and rounding.
-    make_optimizer: (fmt, args, seed) -> the transformation.
-    show: whether to draw a progress bar.
+    seeds: the seeds of weights, batches and rounding.
+    make_optimizer: (fmt, args, seed) -> transformation.
+    show: whether to show a progress bar.
 
   Returns:
     A result for each seed: held-out figures, losses, bytes.
   """
   task = make_task(args, fmt.dtype)
-  tx = make_optimizer(fmt, args, 0)  # the seed is in the state alone
+  tx = make_optimizer(fmt, args, 0)  # only the state depends on the seed
   release = is_released(fmt, args)
   compiled = None
   results = []
@@ -266,17 +266,17 @@ def _loss_scales(opt_state) -> list[lowmem.LossScaleState]:
 def make_parser(
   name: str, doc: str, sizes: dict[str, int], quick: dict[str, Any], **defaults
 ) -> argparse.ArgumentParser:
-  """The options that every example has.
+  """A parser with the options that all examples share.
 
   Args:
-    name: of the example's module.
-    doc: what --help says.
-    sizes: of the model and its data, each an option with its default.
-    quick: the options that --quick sets, where they are not given.
-    **defaults: of the shared options: steps, batch, learning_rate, ...
+    name: the name of the example's module.
+    doc: the text of --help.
+    sizes: the sizes of the model and its data; each becomes an option with a default.
+    quick: the options that --quick sets unless they are given.
+    **defaults: defaults of the shared options: steps, batch, learning_rate, ...
 
   Returns:
-    A parser; an example may add options.
+    The parser; an example may add options.
   """
   parser = argparse.ArgumentParser(
     f"python -m examples.{name}",
@@ -284,19 +284,19 @@ def make_parser(
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   add = parser.add_argument
-  add("--format", default="fp32,bf16,bf16+8/int8", help=FORMATS_HELP + "; %(default)s")
-  add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
+  add("--format", default="fp32,bf16,bf16+8/int8", help=FORMATS_HELP + ". Default: %(default)s")
+  add("--optimizer", choices=OPTIMIZERS, default="adamw", help="optimizer (%(default)s)")
   add(
     "--release",
     action="store_true",
-    help="apply the optimizer in the backward pass, in formats of this library",
+    help="apply the optimizer in the backward pass, for formats of this library",
   )
-  add("--seed", type=int, default=0, help="of weights, batches and rounding")
+  add("--seed", type=int, default=0, help="seed of weights, batches and rounding (%(default)s)")
   add("--steps", type=positive(int), help="training steps (%(default)s)")
-  add("--batch", type=positive(int), help="examples a step (%(default)s)")
-  add("--learning-rate", type=positive(float), help="its peak (%(default)s)")
-  add("--clip-norm", type=positive(float), help="of the whole gradient (%(default)s)")
-  add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (%(default)s)")
+  add("--batch", type=positive(int), help="examples in a batch (%(default)s)")
+  add("--learning-rate", type=positive(float), help="peak learning rate (%(default)s)")
+  add("--clip-norm", type=positive(float), help="largest global norm of gradients (%(default)s)")
+  add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="output folder (%(default)s)")
   flag = lambda option: "--" + option.replace("_", "-")
   for size, default in sizes.items():
     add(flag(size), type=positive(int), default=default, help="(%(default)s)")
@@ -308,7 +308,7 @@ def make_parser(
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-  """A type of options: a number above zero."""
+  """An argparse type for numbers above zero."""
 
   def read(text):
     value = kind(text)
@@ -320,7 +320,7 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
-  """Reads the command line; exits with an error that says what is wrong."""
+  """Parses the command line; a bad option exits with an error message."""
   args = parser.parse_args(argv)
   if args.quick:
     parser.set_defaults(**args.quick_options)
@@ -337,7 +337,7 @@ def parse(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
 
 
 def main(name: str, make_task: Callable[..., Task], args, make_optimizer=make_optimizer):
-  """Trains every format, prints the table, saves the figure and the results."""
+  """Trains every format, prints the table, and saves the figure and the results."""
   print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}")
   results = []
   for fmt in args.formats:
