@@ -114,11 +114,26 @@ class Optimizer(nnx.Optimizer):
     return loss_scaling.loss_scale(self._pure)
 
   def scale_loss(self, loss: jax.typing.ArrayLike) -> jax.Array:
-    """The loss times the loss scale, a float32 scalar. Differentiate this."""
+    """Multiplies the loss by the loss scale; differentiate the result.
+
+    Args:
+      loss: the loss, a scalar.
+
+    Returns:
+      The scaled loss, a float32 scalar.
+    """
     return loss_scaling.scale_loss(loss, self._pure)
 
   def master_params(self, model) -> nnx.State:
-    """The float32 master weights of the model, to evaluate or to export."""
+    """Merges weights and residuals, to evaluate or to export the model.
+
+    Args:
+      model: the model.
+
+    Returns:
+      The parameters as an ``nnx.State`` of variables, with float32 masters for
+      leaves with a format.
+    """
     variables = nnx.state(model, self.wrt, graph=self.graph)
     masters = api.master_params(nnx.as_pure(variables), self._pure)
     return nnx_variables.like(variables, masters)

@@ -110,11 +110,22 @@ class TrainState(train_state.TrainState):
     return loss_scaling.loss_scale(self.opt_state)
 
   def scale_loss(self, loss: jax.typing.ArrayLike) -> jax.Array:
-    """The loss times the loss scale, a float32 scalar. Differentiate this."""
+    """Multiplies the loss by the loss scale; differentiate the result.
+
+    Args:
+      loss: the loss, a scalar.
+
+    Returns:
+      The scaled loss, a float32 scalar.
+    """
     return loss_scaling.scale_loss(loss, self.opt_state)
 
   def master_params(self):
-    """The float32 master weights."""
+    """Merges weights and residuals; see :func:`optax_lowmem.master_params`.
+
+    Returns:
+      The tree of params, with float32 masters for leaves with a format.
+    """
     masters = api.master_params(self._optimized, self.opt_state)
     return masters if self._optimized is self.params else {**self.params, "params": masters}
 
