@@ -3,7 +3,8 @@
 import contextlib
 import functools
 
-from conftest import assert_trees_equal
+import chex
+from conftest import assert_trees_equal, mesh_of, updated
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -302,7 +303,7 @@ def test_ensemble_under_vmap():
   optimizer = lowmem.nnx.Optimizer(model, lowmem.adamw(1e-2), loss_scale="dynamic")
   optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
   one = jax.tree.map(lambda x: x[1], pure(optimizers))
-  assert jax.tree.structure(one) == jax.tree.structure(pure(optimizer))
+  chex.assert_trees_all_equal_structs(one, pure(optimizer))
 
 
 def test_split_and_merge_continue_bit_for_bit():
@@ -351,7 +352,8 @@ def test_in_a_trainer_with_metrics():
       self.metrics.update(values=train_step(self.model, self.optimizer, x, y))
 
   trainer = Trainer()
-  step = nnx.jit(Trainer.step)
+  chex.clear_trace_counter()
+  step = nnx.jit(chex.assert_max_traces(Trainer.step, n=1))
   step(trainer, X, Y)
   first = float(trainer.metrics.compute()["loss"])
   trainer.metrics.reset()
@@ -359,10 +361,6 @@ def test_in_a_trainer_with_metrics():
     step(trainer, X, Y)
   assert trainer.metrics.compute()["loss"] < first and trainer.optimizer.step[...] == 21
   assert trainer.model.norm.mean.dtype == jnp.float32  # no Param: left alone
-
-
-def mesh_4x2():
-  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def spec_of(x):
@@ -385,7 +383,7 @@ def test_sharded_model():
   for i in range(2):
     step_alone(*alone, given_gradients(alone[0], i))
 
-  with jax.set_mesh(mesh_4x2()):
+  with jax.set_mesh(mesh_of(4, 2)):
     create = functools.partial(make, {"out_sharding": ("model", "data")})
     model, optimizer = nnx.jit(create)()
 
@@ -400,7 +398,7 @@ def test_sharded_model():
     check()
     state = nnx.state((model, optimizer))
     specs = nnx.get_partition_spec(state)
-    assert jax.tree.structure(specs) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_structs(specs, state)
     assert all(isinstance(x, P) for x in jax.tree.leaves(specs))
     moved = jax.device_put(state, nnx.get_named_sharding(state, jax.sharding.get_mesh()))
     nnx.update((model, optimizer), moved)
@@ -419,7 +417,7 @@ def test_optimizer_sharding_and_rules(rules):
   metadata = {"out_sharding": (None, None), "optimizer_sharding": names}
   if rules is not None:
     metadata["sharding_rules"] = rules
-  with jax.set_mesh(mesh_4x2()):
+  with jax.set_mesh(mesh_of(4, 2)):
     model = linear(kernel_metadata=metadata)
     optimizer = lowmem.nnx.Optimizer(model, lowmem.adamw(1e-2))
     assert spec_of(model.kernel) == (None, None)
@@ -494,34 +492,26 @@ def test_stock_optimizer_of_a_converted_model(name):
   params, opt_state = lowmem.init(tx, params_of(model))
   nnx.update(model, params)
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  assert jax.tree.structure(pure(optimizer)) == jax.tree.structure(opt_state)
+  chex.assert_trees_all_equal_structs(pure(optimizer), opt_state)
   nnx.update(optimizer.opt_state, nnx.state(opt_state))
   assert_trees_equal(pure(optimizer), opt_state)
   assert isinstance(lowmem.loss_scale(optimizer.opt_state), jax.Array)
   masters = lowmem.master_params(nnx.state(model, nnx.Param), optimizer.opt_state)
   assert_trees_equal(nnx.as_pure(masters), lowmem.master_params(params, opt_state))
 
-  @jax.jit
-  def update(params, opt_state, grads):
-    return _updated(tx, params, opt_state, grads)
-
+  update = jax.jit(functools.partial(updated, tx))
   for i in range(3):
     grads = given_gradients(model, i)
-    params, opt_state = update(params, opt_state, nnx.as_pure(grads))
+    params, opt_state = update(nnx.as_pure(grads), opt_state, params)
     _given_step(model, optimizer, grads)
   assert_trees_equal(params_of(model), params)
   assert_trees_equal(pure(optimizer), opt_state)
 
 
-def _updated(tx, params, opt_state, grads):
-  updates, opt_state = tx.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 def test_stock_optimizer_of_a_half_precision_model(sharded):
   metadata = {"out_sharding": ("model", "data")} if sharded else {}
-  mesh = jax.set_mesh(mesh_4x2()) if sharded else contextlib.nullcontext()
+  mesh = jax.set_mesh(mesh_of(4, 2)) if sharded else contextlib.nullcontext()
   with mesh:
     model = linear(param_dtype=jnp.bfloat16, kernel_metadata=metadata)
     tx = lowmem.dynamic_loss_scale(lowmem.adamw(1e-2, weights="bf16+3"))
@@ -554,20 +544,12 @@ def test_states_of_variables(name):
   variables = nnx.state(linear(), nnx.Param)
   arrays = nnx.as_pure(variables)
 
-  @jax.jit
-  def step(params, opt_state, grads):
-    return lowmem.step(tx, grads, opt_state, params)
-
-  @jax.jit
-  def update(params, opt_state, grads):
-    return _updated(tx, params, opt_state, grads)
-
   a, b = lowmem.init(tx, variables), lowmem.init(tx, arrays)
   grads = jax.tree.map(jnp.ones_like, a[0])
-  for f in (step, update):
-    structure = jax.tree.structure(a)
-    a, b = f(*a, grads), f(*b, nnx.as_pure(grads))
-    assert jax.tree.structure(a) == structure
+  for how in (lowmem.step, updated):
+    step, before = jax.jit(functools.partial(how, tx)), a
+    a, b = step(grads, a[1], a[0]), step(nnx.as_pure(grads), b[1], b[0])
+    chex.assert_trees_all_equal_structs(a, before)
     assert_trees_equal(nnx.as_pure(a), b)
   masters = lowmem.master_params(*a)
   assert_trees_equal(nnx.as_pure(masters), lowmem.master_params(*b))
@@ -591,7 +573,7 @@ def test_gradient_release_of_states_of_variables():
   step = jax.jit(lowmem.fused_backward(loss_fn, tx))
   a, b = lowmem.init(tx, variables), lowmem.init(tx, nnx.as_pure(variables))
   for _ in range(2):
-    structure = jax.tree.structure(a)
+    before = a
     a, b = step(*a, X)[1:], step(*b, X)[1:]
-    assert jax.tree.structure(a) == structure
+    chex.assert_trees_all_equal_structs(a, before)
   assert_trees_equal(nnx.as_pure(a), b)
