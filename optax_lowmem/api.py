@@ -15,8 +15,8 @@ from pallas_kernels.operations.split import split_stream
 def init(tx: optax.GradientTransformation, params):
   """Converts float32 parameters to their formats and creates the optimizer state.
 
-  The residuals in the state hold what the half-precision weights cannot, up to
-  the grid of each format.
+  The residuals in the state hold the difference between the float32 parameters
+  and the half-precision weights, up to the grid of each format.
 
   Args:
     tx: a transformation that contains :func:`optax_lowmem.delta_bits` or one of

@@ -251,7 +251,7 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   # A kernel divides once a block. The select avoids 0 / 0 in a block of zeros.
   top = 1.0 if fmt.name == "fp16" else fmt.top * (1 << 15 if fmt.is_square else 1)
   scale_KxB = _along(scale_K, x_KxB.shape, across)
-  # No product may be contracted with a sum (see `arithmetic.rounded`); |ratio| is no product.
+  # No product may be contracted with a sum (see `arithmetic.rounded`); |ratio| is not one.
   ratio = x_KxB * jnp.where(scale_KxB > 0, jnp.float32(top) / scale_KxB, jnp.float32(0))
   if fmt.name == "fp16":
     return _keep_positive(

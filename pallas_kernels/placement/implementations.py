@@ -76,7 +76,7 @@ def _check_devices(arrays):
 
 def interpreter_is_forced() -> bool:
   """Whether JAX's GPU interpreter runs kernels on a CPU."""
-  # JAX has no public getter for what `force_gpu_interpret_mode` sets.
+  # JAX has no public getter for the setting of `force_gpu_interpret_mode`.
   from jax._src import config
 
   state = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)

@@ -153,7 +153,7 @@ def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, value
     state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f, across)
     for x_T, f in zip(rest_T, statistic_formats, strict=True)
   ]
-  # A value that is decoded from its bits is no product.
+  # A value that is decoded from its bits is not a product.
   products = False, False, *(f.has_scale for f in statistic_formats)
   update_T, new_T = bound(rules, scalars, products=products)(
     arithmetic.as_float32(gradient_T), master_T, old_T
