@@ -61,6 +61,7 @@ nb_execution_timeout = 240
 nb_execution_raise_on_error = False  # a warning, and so an error, with its traceback
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
