@@ -1,9 +1,10 @@
 """Float32 checkpoints as safetensors, written and read one parameter at a time.
 
-The format is eight bytes with the length of a header, the header (JSON: dtype,
-shape and place of each tensor), and the values: written here, since the
-safetensors package takes a whole model at once; read after that package has
-checked the file. A tensor's name is its parameter's path joined by dots.
+A file consists of eight bytes with the length of the header, the header (JSON:
+dtype, shape and place of each tensor), and the values. This module writes it
+itself, because the safetensors package takes a whole model at once. It reads a
+file after that package has checked it. The name of a tensor is the path of its
+parameter, joined by dots.
 """
 
 from collections.abc import Callable
@@ -43,20 +44,27 @@ _NAMES = {
 def export_safetensors(path: str | os.PathLike, params, opt_state) -> None:
   """Writes the float32 master weights to a safetensors file, one at a time.
 
-  Never is more than one weight there in float32. Leaves without a format are
-  written as they are. The file appears under its name when it is complete.
+  At most one float32 master exists at any time. Leaves without a format are
+  written unchanged. The file appears under its name once it is complete.
 
   Args:
     path: the file to write.
     params: the parameters, in their formats; sharded ones are gathered.
-    opt_state: the state that belongs to them.
+    opt_state: their optimizer state.
 
   Raises:
-    ValueError: if a residual does not belong to its parameter, if two
-      parameters get one name, or if a leaf cannot be written; it is named.
+    ValueError: if a residual does not match its parameter, two parameters map to
+      one name, or a leaf cannot be written. The message names the leaf.
 
   Examples:
-    >>> lowmem.export_safetensors("model.safetensors", params, opt_state)
+    >>> import os, tempfile
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> params, opt_state = lowmem.init(lowmem.adamw(1e-3), {"w": jnp.ones((4, 32))})
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> lowmem.export_safetensors(path, params, opt_state)
+    >>> os.path.exists(path)
+    True
   """
   leaves = _by_tensor_name(params)
   parts = api.master_parts(params, opt_state)
@@ -67,7 +75,7 @@ def export_safetensors(path: str | os.PathLike, params, opt_state) -> None:
     structs[name] = jax.ShapeDtypeStruct(
       jnp.shape(x), jnp.float32 if where in parts else jnp.result_type(x)
     )
-  # Wide dtypes first, so that every tensor is aligned.
+  # Wide dtypes come first, so every tensor is aligned.
   order = sorted(leaves, key=lambda name: (-structs[name].dtype.itemsize, name))
   header: dict[str, Any] = {"__metadata__": {"format": "flax"}}
   start = 0
@@ -92,31 +100,41 @@ def export_safetensors(path: str | os.PathLike, params, opt_state) -> None:
 
 
 def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation, like):
-  """`lowmem.init` of parameters in a safetensors file, read one at a time.
+  """Initializes parameters from a safetensors file, read one at a time.
 
-  Gives what `lowmem.init(tx, params32)` gives, bit for bit; never is more than
-  one weight there in float32.
+  The result equals :func:`optax_lowmem.init` of the same float32 parameters, bit
+  for bit. At most one float32 parameter exists at any time.
 
   Args:
     path: the file to read.
-    tx: a transformation, as for `lowmem.init`. What it initializes for one
-      parameter may not depend on another's values.
-    like: the tree of parameters, as arrays or `jax.ShapeDtypeStruct`s. Where a
-      leaf has a sharding, its weight, residual and statistics get it (along
-      the axes that it divides evenly), and each device reads its own part of
-      the file.
+    tx: a transformation, as in :func:`optax_lowmem.init`. Its state for one
+      parameter must not depend on the values of another.
+    like: the tree of parameters, as arrays or ``jax.ShapeDtypeStruct``s. If a
+      leaf has a sharding, its weight, residual and statistics take it (along the
+      axes that it divides evenly), and each device reads its own part of the
+      file.
 
   Returns:
-    (params, opt_state).
+    ``(params, opt_state)``.
 
   Raises:
     ValueError: if the file is not valid, or if a tensor is missing, has no
-      parameter, or has another shape or dtype; it is named.
-    ModuleNotFoundError: without the safetensors package.
+      parameter, or differs in shape or dtype. The message names the tensor.
+    ModuleNotFoundError: if the safetensors package is not installed.
 
   Examples:
-    >>> like = jax.eval_shape(model.init, key, x)["params"]
-    >>> params, opt_state = lowmem.import_safetensors("model.safetensors", tx, like)
+    >>> import os, tempfile
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.adamw(1e-3)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+    >>> lowmem.export_safetensors(path, params, opt_state)
+    >>> like = {"w": jax.ShapeDtypeStruct((4, 32), jnp.float32)}
+    >>> params, opt_state = lowmem.import_safetensors(path, tx, like)
+    >>> params["w"].dtype
+    dtype(bfloat16)
   """
   structs = jax.tree.map(_struct, like)
   names = _by_tensor_name(structs)
@@ -137,9 +155,9 @@ def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation
     offset = tensors[in_order[i]][2]
     if not x.size:
       values: Any = np.zeros(x.shape, x.dtype)
-    else:  # a mapping of its own: its pages do not count once it is dropped
+    else:  # each tensor gets a mapping, and dropping it releases its pages
       values = np.memmap(path, x.dtype, "r", offset, x.shape)
-    part = lambda index: np.array(values[index])  # no view: the file may change later
+    part = lambda index: np.array(values[index])  # a copy, because the file may change later
     if x.sharding is None:
       return jnp.asarray(part(...))
     return jax.make_array_from_callback(x.shape, x.sharding, part)
@@ -152,7 +170,8 @@ def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation
   explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
   if not explicit:
     return init(structs, read)
-  # Parts of a program would have to carry the shardings in their types; XLA finds them as well.
+  # With Explicit axes, the types in each part of the program would carry shardings. With Auto axes,
+  # XLA finds the same shardings.
   (mesh,) = explicit
   kinds = (AxisType.Auto,) * len(mesh.axis_names)
   automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
@@ -162,7 +181,7 @@ def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation
 
 
 def _moved(x, source: Mesh, target: Mesh):
-  """An array or struct with its sharding on another mesh of the same devices."""
+  """Moves the sharding of an array or struct to another mesh of the same devices."""
   if not isinstance(x.sharding, NamedSharding) or x.sharding.mesh != source:
     return x
   sharding = NamedSharding(target, x.sharding.spec)
@@ -172,10 +191,10 @@ def _moved(x, source: Mesh, target: Mesh):
 
 
 def _init_by_leaf(init: Callable, structs, read: Callable):
-  """`init` of a tree whose leaves are read one by one.
+  """``init`` of a tree whose leaves are read one by one.
 
-  Traced once; then, for each leaf, the part of the program that its results
-  need is run, compiled once for leaves of one shape and format.
+  It traces init once. Then it runs, for each leaf, the part of the program that
+  its results need, compiled once for all leaves of one shape and format.
   """
   with sessions.leaf_by_leaf():
     closed, out = jax.make_jaxpr(init, return_shape=True)(structs)
@@ -192,8 +211,8 @@ def _init_by_leaf(init: Callable, structs, read: Callable):
     read_by = sorted(number[var] for var in sources if var in number)
     if len(read_by) > 1:
       raise ValueError(
-        f"tx.init computes {jax.tree_util.keystr(path)} of several parameters; import the file"
-        " another way, and call lowmem.init."
+        f"tx.init computes {jax.tree_util.keystr(path)} of several parameters, so it cannot run"
+        " one parameter at a time. Load the file another way and call lowmem.init."
       )
     groups.setdefault(read_by[0] if read_by else _parameter(path, places), []).append(k)
 
@@ -208,14 +227,14 @@ def _init_by_leaf(init: Callable, structs, read: Callable):
     key: Any = shardings, _structure(eqns, sources, outvars)
     try:
       run = compiled.get(key)
-    except TypeError:  # a parameter of an equation that has no hash
+    except TypeError:  # a parameter of an equation is not hashable
       run, key = None, id(eqns)
     if run is None:
       given = None if set(shardings) == {None} else list(shardings)
       run = jax.jit(functools.partial(_run, eqns, sources, outvars), out_shardings=given)
       compiled[key] = run
     new = run([given_leaf(var) if var in number else values[var] for var in sources])
-    jax.block_until_ready(new)  # or reading would run ahead of converting
+    jax.block_until_ready(new)  # otherwise reading runs ahead of converting
     for k, x in zip(outputs, new, strict=True):
       results[k] = x
     del new
@@ -223,7 +242,7 @@ def _init_by_leaf(init: Callable, structs, read: Callable):
 
 
 def _small_values(jaxpr, consts) -> tuple[set[int], dict[Any, Any]]:
-  """What depends on no parameter and is small, random keys above all: equations, and values."""
+  """The equations of small values that depend on no parameter (mainly keys), and the values."""
   known, small = set(jaxpr.constvars), set()
   for i, eqn in enumerate(jaxpr.eqns):
     is_small = all(math.prod(getattr(x.aval, "shape", ())) <= 1024 for x in eqn.outvars)
@@ -231,13 +250,13 @@ def _small_values(jaxpr, consts) -> tuple[set[int], dict[Any, Any]]:
       small.add(i)
       known |= set(eqn.outvars)
   values = dict(zip(jaxpr.constvars, consts, strict=True))
-  for i in sorted(small):  # without jit, which takes far longer
+  for i in sorted(small):  # without jit: compiling takes far longer
     hoist.evaluate(jaxpr.eqns[i], values)
   return small, values
 
 
 def _slice(jaxpr, producers, outvars) -> tuple[list[int], list[Any]]:
-  """The equations that variables come from, and what these read that no equation makes."""
+  """The equations that compute variables, and the inputs that they read."""
   pending = [var for var in outvars if not isinstance(var, Literal)]
   seen, eqns = dict.fromkeys(pending), set()
   while pending:
@@ -253,7 +272,7 @@ def _slice(jaxpr, producers, outvars) -> tuple[list[int], list[Any]]:
 
 
 def _structure(eqns, sources, outvars):
-  """Equal for programs that differ in the names of variables alone."""
+  """A key that is equal for programs that differ only in the names of variables."""
   numbers = {var: i for i, var in enumerate(sources)}
 
   def spell(x):
@@ -270,7 +289,7 @@ def _structure(eqns, sources, outvars):
 
 
 def _run(eqns, sources, outvars, values):
-  """Runs equations; no result shares its buffer with another or with a value."""
+  """Runs equations; no result shares its buffer with another result or with an input."""
   env = dict(zip(sources, values, strict=True))
   for eqn in eqns:
     hoist.evaluate(eqn, env)
@@ -278,15 +297,15 @@ def _run(eqns, sources, outvars, values):
 
 
 def _parameter(path, places) -> int | None:
-  """The number of the parameter that something in the state belongs to."""
-  for whole in (path, path[:-1]):  # the second for codes and scales
+  """The number of the parameter that an array in the state belongs to."""
+  for whole in (path, path[:-1]):  # the second path is for codes and scales
     if (start := pytrees.owner(whole, places)) is not None:
       return places[whole[start:]]
   return None
 
 
 def _sharding(i: int | None, leaves, x):
-  """The sharding of parameter i for something that belongs to it."""
+  """The sharding of parameter i, adapted to an array that belongs to it."""
   sharding = None if i is None else leaves[i].sharding
   if not isinstance(sharding, NamedSharding):
     return sharding
@@ -299,13 +318,15 @@ _merge = jax.jit(merge, static_argnums=2)
 
 
 def _by_tensor_name(tree) -> dict[str, tuple[str, Any]]:
-  """(name in errors, leaf) by name in the file."""
+  """(name for errors, leaf) by name in the file."""
   found: dict[str, tuple[str, Any]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     where = pytrees.name_of(path)
     name = jax.tree_util.keystr(pytrees.plain_path(path), simple=True, separator=".") or "params"
     if name in found:
-      raise ValueError(f"params{where} and params{found[name][0]} would both be named {name!r}.")
+      raise ValueError(
+        f"params{where} and params{found[name][0]} would both be named {name!r} in the file."
+      )
     found[name] = where, leaf
   return found
 
@@ -324,12 +345,12 @@ def _nbytes(x) -> int:
 def _dtype_name(x, where: str) -> str:
   name = str(x.dtype)
   if name not in _NAMES:
-    raise ValueError(f"params{where} is {name}, which safetensors has no name for.")
+    raise ValueError(f"params{where} is {name}, a dtype that safetensors does not support.")
   return _NAMES[name]
 
 
 def _read_header(path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-  """(dtype, shape, place in the file) by tensor name, of a file that is valid."""
+  """(dtype, shape, offset in bytes) by tensor name; raises if the file is not valid."""
   try:
     import safetensors
   except ModuleNotFoundError:
@@ -337,7 +358,7 @@ def _read_header(path) -> dict[str, tuple[str, tuple[int, ...], int]]:
       'import_safetensors needs the safetensors package: pip install "optax_lowmem[safetensors]".'
     ) from None
   try:
-    with safetensors.safe_open(path, "numpy"):  # which checks the header, and that it fits the file
+    with safetensors.safe_open(path, "numpy"):  # checks the header, and that it fits the file
       pass
   except safetensors.SafetensorError as error:
     raise ValueError(f"{path} is no valid safetensors file: {error}.") from error
