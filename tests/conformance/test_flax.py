@@ -5,6 +5,7 @@ Flax tests at version 0.12 (tests/nnx/optimizer_test.py) and documents
 (flax.training.train_state).
 """
 
+import chex
 from flax import linen, nnx, serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
@@ -73,10 +74,12 @@ class TestTrainState:
   def test_loss_falls_under_jit(self, name):
     state = self.state(name)
     loss = lambda state: squared_error(state.apply_fn({"params": state.params}, X))
-    before, step = loss(state), jax.jit(lambda state: self.step(state))
+    before = loss(state)
+    chex.clear_trace_counter()
+    # `step` is a Python integer at first, as in Flax.
+    step = jax.jit(chex.assert_max_traces(lambda state: self.step(state), n=2))
     for _ in range(30):
       state = step(state)
-    assert step._cache_size() == 2  # `step` is a Python integer at first, as in Flax
     assert loss(state) < 0.9 * before
 
   @every_tx
@@ -104,11 +107,11 @@ class TestTrainState:
     state = self.step(self.state(name))
     other = self.state(name)
     restored = serialization.from_bytes(other, serialization.to_bytes(state))
-    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
-      assert jnp.asarray(x).dtype == jnp.asarray(y).dtype
-      np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    state, restored = jax.tree.map(jnp.asarray, (state, restored))
+    chex.assert_trees_all_equal_dtypes(*map(jax.tree.leaves, (state, restored)))
+    chex.assert_trees_all_equal(*map(jax.tree.leaves, (state, restored)))
     after, expected = self.step(restored), self.step(state)
-    jax.tree.map(np.testing.assert_array_equal, after.params, expected.params)
+    chex.assert_trees_all_equal(after.params, expected.params)
 
   @every_tx
   def test_overwrite_with_gradient(self, name):
@@ -279,7 +282,7 @@ class TestNnxOptimizer:
     now, still = nnx.split_state(nnx.state(model), wrt, ...)
     for old, new in zip(jax.tree.leaves(chosen), jax.tree.leaves(now), strict=True):
       assert np.any(np.asarray(old) != np.asarray(new))
-    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(others), nnx.as_pure(still))
+    chex.assert_trees_all_equal(nnx.as_pure(others), nnx.as_pure(still))
 
   @every_tx
   def test_model_and_optimizer_in_one(self, name):
