@@ -17,7 +17,7 @@ import pallas_kernels
 from pallas_kernels.formats import state_formats
 from pallas_kernels.formats.random_bits import key_words, random_bits, stream_keys
 from pallas_kernels.formats.state_formats import Blocks, StateFormat
-from pallas_kernels.operations.fused_update import _hoisted, fused_update_leaves
+from pallas_kernels.operations.fused_update import fused_update_leaves, hoisted_rule
 from pallas_kernels.placement.by_device import by_device
 from pallas_kernels.programs import cpu, mosaic_gpu, tiles
 from pallas_kernels.programs import leaf as leaf_module
@@ -78,8 +78,9 @@ def plain(leaf: Leaf, fmt="bf16+8", statistic_formats=INT8, when=None):
 
 def bound(rule, formats, leaf: Leaf):
   """The rule as plain XLA calls it."""
-  scalars, rules = _hoisted(rule, formats, [leaf.gradient.shape])
-  return leaf_module.bound(rules, scalars)
+  shape = leaf.gradient.shape or (1,)
+  rest = hoisted_rule(rule, len(formats[1]), shape)
+  return leaf_module.bound({shape: rest}, rest.scalars())
 
 
 def assert_close(found, wanted, leaf, fmt="bf16+8"):

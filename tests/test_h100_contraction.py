@@ -21,7 +21,7 @@ from test_not_finite import IS_BAD, SHAPE, VALUES, assert_not_finite, lion
 
 import optax_lowmem as lowmem
 from pallas_kernels.formats.state_formats import BLOCK, Blocks, StateFormat, stored_struct
-from pallas_kernels.operations.fused_update import _hoisted, fused_update_leaves
+from pallas_kernels.operations.fused_update import fused_update_leaves, hoisted_rule
 from pallas_kernels.programs import tiles
 from pallas_kernels.programs.leaf import Leaf
 
@@ -166,7 +166,7 @@ def executed(code, rule, leaves, formats):
   fmt = lowmem.DeltaFormat.parse("bf16+8")
   shapes = [x.gradient.shape for x in leaves]
   found = [(n, BLOCK) for n in tiles.tile_rows(shapes)]
-  scalars, _ = _hoisted(rule, (fmt, formats), found)
+  scalars = hoisted_rule(rule, len(formats), found[0]).scalars()
   groups = tiles.groups([x.gradient.size // BLOCK for x in leaves])
   table = np.concatenate([group.table for group in groups])
   arrays = [np.asarray([float(x) for x in scalars], np.float32)]

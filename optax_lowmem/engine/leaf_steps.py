@@ -8,6 +8,8 @@ or a kernel to a tile of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +28,20 @@ from optax_lowmem.trees import pytrees
 from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
 from pallas_kernels.formats.state_formats import Blocks, StateFormat
-from pallas_kernels.operations.fused_update import fused_update_leaves
+from pallas_kernels.operations.fused_update import check, hoisted_rule, step_leaves
 from pallas_kernels.placement import implementations
+from pallas_kernels.programs.hoist import Hoisted
 from pallas_kernels.programs.leaf import Leaf, is_small
 from pallas_kernels.programs.tiles import is_in_blocks
 
 # Statistic's name, its value and the gradient -> what `accumulate` makes of it.
 Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
 
+
+_HALF_STATISTICS = (
+  "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) have no step of"
+  " their own; give mu= or accumulator= instead."
+)
 
 _OTHER_STATE = (
   "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
@@ -88,8 +96,8 @@ class Optimizer:
     mask: None, a tree of bools or a prefix of it, or a callable of params.
     implementation: as `pallas_kernels.fused_update` takes it.
     fold: what a micro-batch adds to a statistic; or why there is no such thing.
-    is_declared: whether it is a user's, declared elementwise: its float32
-      leaves are stepped alone, too, and its statistics have their own stream.
+    is_declared: whether a user declared it elementwise. Its float32 leaves are
+      stepped alone, too, and its statistics have their own stream.
   """
 
   def __init__(
@@ -106,36 +114,55 @@ class Optimizer:
     self.implementation = implementation
     self.fold = fold
     # Under jit, so that groups of one kind are traced once.
-    self.step_group = jax.jit(self._step_group, static_argnums=0, static_argnames="lands")
+    self.step_group = jax.jit(_step_group, static_argnums=(0, 1), static_argnames="lands")
+    self._rules: dict[Any, Hoisted] = {}
 
-  def _step_group(self, kind: "_Kind", leaves, scalars, taken, factor, index, lands=False):
-    inner, paths = self.make(kind.decays), [path for path, _ in kind.statistics]
+  @classmethod
+  def declared(cls, inner: optax.GradientTransformation) -> "Optimizer":
+    """A transformation that the user declares elementwise."""
+    fold = "only for lowmem.adamw, adam and sgd is it known how a micro-batch enters the statistics"
+    return cls(lambda mask: inner, None, None, fold, is_declared=True)
 
-    def scaled(g):
-      return g if factor is None else g * factor
+  def rule(self, kind: "_RuleKind", shape, scalars, factor) -> tuple[Hoisted, list[jax.Array]]:
+    """The rule of leaves of a kind, traced once on arrays of a shape, and its scalars."""
+    key = kind, jax.dtypes.canonicalize_dtype(float)
+    rule = self._rules.get(key)
+    if rule is None:
+      structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (scalars, factor))
+      rule = hoisted_rule(self._traced(kind), len(kind.paths), shape, structs)
+      if not rule.closes_over_tracers:
+        self._rules[key] = rule
+    return rule, rule.scalars(scalars, factor)
 
-    def rule(g, w, values):
+  def _traced(self, kind: "_RuleKind"):
+    inner, paths = self.make(kind.decays), kind.paths
+
+    def rule(g, w, values, scalars, factor):
       struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
       if len(jax.tree.leaves(struct)) != len(paths) + len(scalars):
         raise ValueError(_OTHER_STATE)
       values, others = dict(zip(paths, values, strict=True)), iter(scalars)
       state = [values[path] if path in values else next(others) for path, _ in _leaves(struct)]
       state = jax.tree.unflatten(jax.tree.structure(struct), state)
-      update, state = inner.update(scaled(g), state, w)
+      update, state = inner.update(g if factor is None else g * factor, state, w)
       new = dict(_leaves(state))
       # A float64 learning rate makes float64 of them.
       return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
 
-    def fold(g, w, values):
+    def fold(g, w, values, scalars, factor):
+      del scalars
       assert callable(self.fold)  # or accumulate= is refused
-      pairs = zip(paths, values, strict=True)
-      return None, [self.fold(path[-1].name, x, scaled(g)).astype(w.dtype) for path, x in pairs]
+      g, pairs = g if factor is None else g * factor, zip(paths, values, strict=True)
+      return None, [self.fold(path[-1].name, x, g).astype(w.dtype) for path, x in pairs]
 
-    formats = [fmt for _, fmt in kind.statistics]
-    return fused_update_leaves(
-      fold if kind.folds else rule, leaves, kind.weight, formats, taken, kind.implementation, index,
-      lands,
-    )  # fmt: skip
+    return fold if kind.folds else rule
+
+
+def _step_group(rule: Hoisted, kind: "_Kind", leaves, scalars, taken, index, lands=False):
+  check(leaves, kind.weight, kind.formats, index)
+  return step_leaves(
+    rule, scalars, leaves, kind.weight, kind.formats, taken, kind.implementation, index, lands
+  )
 
 
 class LeafSteps:
@@ -147,30 +174,40 @@ class LeafSteps:
     old_rest: the state that `step_rest` starts from.
   """
 
-  def __init__(self, optimizer: Optimizer, state, params, like):
-    """Reads a `DeltaBitsState` or `QuantizedState`; like is what a callable mask is evaluated on.
+  @classmethod
+  def of(cls, optimizer: Optimizer, state, params, like) -> "LeafSteps | None":
+    """Reads a `DeltaBitsState` or `QuantizedState`.
+
+    Args:
+      optimizer: its optimizer.
+      state: the state.
+      params: the parameters.
+      like: the tree on which a callable mask is evaluated.
+
+    Returns:
+      The steps; None if only the composed transformation can step.
 
     Raises:
-      ValueError: if `can_step` is False, or if the state is not elementwise.
+      ValueError: if the state is not elementwise.
     """
-    self._optimizer, self._state, self._params = optimizer, state, params
+    delta, quantized, inner_state = parts = _parts(state)
+    if optimizer.is_declared and _wrapper_in(inner_state) is not None:
+      return None
     weights = pytrees.named_leaves(params)
-    self._delta, self._quantized, inner_state = _parts(state)
-    if optimizer.is_declared:
-      _check_elementwise(inner_state)
-    self.held = _held(optimizer, self._delta, weights)
-    places = _places(self._quantized, inner_state, params, self.held)
-    if places is None:
-      raise ValueError(
-        "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) have no step"
-        " of their own; give mu= or accumulator= instead."
-      )
+    held = _held(optimizer, delta, weights)
+    places = _places(quantized, inner_state, params, held)
+    return None if places is None else cls(optimizer, state, params, like, parts, held, places)
+
+  def __init__(self, optimizer: Optimizer, state, params, like, parts, held: Formats, places):
+    """As `of` makes it."""
+    self._optimizer, self._state, self._params, self._like = optimizer, state, params, like
+    self._delta, self._quantized, inner_state = parts
+    self.held, self._places = held, places
+    weights = pytrees.named_leaves(params)
     residuals = {}
     if self._delta is not None:
       residuals = check_residuals(self._delta.residuals, weights, self._delta.formats)
-    self._masks, self._decays = _evaluated(optimizer.mask, like, self.held)
     leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
-    self._places: list[_Place] = places
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
     self.old_rest = jax.tree.unflatten(self._treedef, kept)
     one = optimizer.make(None if optimizer.mask is None else True)
@@ -190,13 +227,10 @@ class LeafSteps:
       for name, values in statistics.items()
     }
 
-  @staticmethod
-  def can_step(state, params) -> bool:
-    """False where the composed transformation has to do the step."""
-    if params is None:
-      return False
-    delta, quantized, inner_state = _parts(state)
-    return _places(quantized, inner_state, params, delta.formats) is not None
+  @functools.cached_property
+  def _mask(self) -> tuple[Any, dict[str, bool]]:
+    """The weight-decay mask as Optax takes it, and by name of the leaf."""
+    return _evaluated(self._optimizer.mask, self._like, self.held)
 
   @property
   def has_narrow_statistics(self) -> bool:
@@ -230,36 +264,42 @@ class LeafSteps:
     names = list(gradients)
     part = 0 if micro_batch is None else micro_batch
     streams = leaf_streams(self._state.key, self._step, names, part)
-    own_streams: dict[str, jax.Array] = {}
-    if self._optimizer.is_declared and self._quantized is not None:
-      own_streams = leaf_streams(self._quantized.key, self._quantized.step + 1, names, part)
+    if self._optimizer.is_declared and self._delta is not None and self._quantized is not None:
+      own = leaf_streams(self._quantized.key, self._quantized.step + 1, names, part)
+      streams = {name: jnp.concatenate([streams[name], own[name]]) for name in names}
     kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
     new = dict(stored)
+    rules: dict[_RuleKind, tuple[Hoisted, list[jax.Array]]] = {}
     shapes = {name: g.value.shape for name, g in gradients.items()}
+    largest = max(shapes.values(), key=math.prod, default=())
     for kind, group in _groups(shapes, kinds):
       leaves = [
-        Leaf(
-          gradients[name].value, *x[:2], list(x.statistics), streams[name], own_streams.get(name)
-        )
+        Leaf(gradients[name].value, *x[:2], list(x.statistics), streams[name])
         for name, x in ((name, stored[name]) for name in group)
       ]
-      factor = gradients[group[0]].factor
-      results = self._optimizer.step_group(
-        kind, leaves, self._scalars, taken, factor, index, lands=lands
-      )
+      if kind.rule not in rules:
+        factor = gradients[group[0]].factor
+        rules[kind.rule] = self._optimizer.rule(kind.rule, largest, self._scalars, factor)
+      rule, scalars = rules[kind.rule]
+      results = self._optimizer.step_group(rule, kind, leaves, scalars, taken, index, lands=lands)
       for name, (low, residual, statistics) in zip(group, results, strict=True):
         new[name] = Stored(low, residual, tuple(statistics))
     return new
 
   def _kind(self, name: str, gradient: Gradient, folds: bool) -> "_Kind":
-    statistics = tuple((place.path, place.format) for place in self._of[name])
-    dtype, is_scaled = jnp.result_type(gradient.value), gradient.factor is not None
-    parts = self._decays.get(name), self.held.get(name), statistics, dtype, is_scaled
-    return _Kind(*parts, gradient.implementation, folds)
+    places, is_scaled = self._of[name], gradient.factor is not None
+    paths = tuple(place.path for place in places)
+    return _Kind(
+      _RuleKind(self._mask[1].get(name), paths, is_scaled, folds),
+      self.held.get(name),
+      tuple(place.format for place in places),
+      jnp.result_type(gradient.value),
+      gradient.implementation,
+    )
 
   def step_rest(self, updates):
     """Optax's own step of counters and of leaves without a format: (updates, state)."""
-    inner = self._optimizer.make(self._masks)
+    inner = self._optimizer.make(self._mask[0])
     return portable_update(inner, self._rest(updates), self.old_rest, self._rest(self._params))
 
   def _rest(self, tree):
@@ -303,16 +343,22 @@ _WRAPPERS = (
 )  # fmt: skip
 
 
-def _check_elementwise(inner_state):
-  """Raises for what is not elementwise, whatever has been declared."""
+def _wrapper_in(inner_state) -> str | None:
+  """The name of a state's type through which a leaf's step cannot look, or None."""
   nodes = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, _WRAPPERS))
-  for node in nodes:
-    if isinstance(node, _WRAPPERS):
-      raise ValueError(
-        f"The optimizer is declared elementwise, but has a {type(node).__name__} inside. A mask"
-        " decides by the whole leaf (lowmem.adamw and lion take mask=); quantize_state stands right"
-        " inside delta_bits, elementwise=True in both, and a loss scale around it."
-      )
+  return next((type(x).__name__ for x in nodes if isinstance(x, _WRAPPERS)), None)
+
+
+def why_composed(state) -> str:
+  """Why `LeafSteps.of` gave None."""
+  wrapper = _wrapper_in(_parts(state)[2])
+  if wrapper is None:
+    return _HALF_STATISTICS
+  return (
+    f"The optimizer is declared elementwise, but has a {wrapper} inside. A mask decides by the"
+    " whole leaf (lowmem.adamw and lion take mask=); quantize_state stands right inside delta_bits,"
+    " elementwise=True in both, and a loss scale around it."
+  )
 
 
 def _held(optimizer: Optimizer, delta, weights) -> Formats:
@@ -341,26 +387,38 @@ def _evaluated(mask, like, held):
   return mask, pytrees.named_leaves(spread)
 
 
-class _Kind(NamedTuple):
-  """What leaves have in common that can be stepped in one kernel: static.
+class _RuleKind(NamedTuple):
+  """What leaves with the same rule share: static.
 
   Attributes:
-    decays: the weight-decay mask of them, None without one.
-    weight: the weights' format.
-    statistics: (path, format) of the statistics, as in `_Place`.
-    gradient: the gradients' dtype.
-    is_scaled: whether the step is to multiply them by a factor.
-    implementation: as `pallas_kernels.fused_update` takes it.
+    decays: their weight-decay mask, None without one.
+    paths: the paths of their statistics, as in `_Place`.
+    is_scaled: whether the step multiplies the gradients by a factor.
     folds: whether the gradients go into the statistics alone.
   """
 
   decays: bool | None
-  weight: Any
-  statistics: tuple
-  gradient: Any
+  paths: tuple
   is_scaled: bool
-  implementation: implementations.Implementation | None
   folds: bool
+
+
+class _Kind(NamedTuple):
+  """What leaves share that one kernel can step: static.
+
+  Attributes:
+    rule: the rule's kind.
+    weight: the weights' format.
+    formats: the statistics' formats.
+    gradient: the gradients' dtype.
+    implementation: as `pallas_kernels.fused_update` takes it.
+  """
+
+  rule: _RuleKind
+  weight: Any
+  formats: tuple[StateFormat, ...]
+  gradient: Any
+  implementation: implementations.Implementation | None
 
 
 def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:

@@ -15,6 +15,8 @@ from pallas_kernels.programs.hoist import hoist
 
 def portable_update(inner, updates, state, params, **extra_args):
   """`inner.update(updates, state, params, **extra_args)`."""
+  if not jax.tree.leaves(updates):  # counters alone
+    return inner.update(updates, state, params, **extra_args)
   weights = dict(jax.tree_util.tree_leaves_with_path(params))
   named, treedef = jax.tree_util.tree_flatten_with_path(state)
 

@@ -293,7 +293,7 @@ def _run(eqns, sources, outvars, values):
   env = dict(zip(sources, values, strict=True))
   for eqn in eqns:
     hoist.evaluate(eqn, env)
-  return [jnp.array(hoist.read(env, var)) for var in outvars]
+  return [jnp.array(x) for x in hoist.read(env, outvars)]
 
 
 def _parameter(path, places) -> int | None:

@@ -160,27 +160,21 @@ def _chain_of(tx, options: Options) -> Chain:
   update, advance = tx.update, None
   if hasattr(update, "advance"):
     update, advance = update.inner.update, update.advance
-  if hasattr(update, "optimizer"):
-    optimizer = update.optimizer
-  elif hasattr(update, "elementwise"):
-    inner = getattr(update.elementwise.update, "elementwise", update.elementwise)
-    fold = "only for lowmem.adamw, adam and sgd is it known how a micro-batch enters the statistics"
-    optimizer = Optimizer(lambda mask: inner, None, None, fold, is_declared=True)
-  else:
+  if not hasattr(update, "optimizer"):
     _refuse(update)
-  chain = Chain(optimizer, advance)
-  if options.accumulate > 1 and isinstance(chain.optimizer.fold, str):
-    raise ValueError(f"accumulate= has no meaning for this optimizer: {chain.optimizer.fold}.")
-  return chain
+  optimizer: Optimizer = update.optimizer
+  if options.accumulate > 1 and isinstance(optimizer.fold, str):
+    raise ValueError(f"accumulate= has no meaning for this optimizer: {optimizer.fold}.")
+  return Chain(optimizer, advance)
 
 
 def _refuse(update):
   """Raises a ValueError that names the member that is not one of our optimizers."""
   names = []
   for member in _members(update):
-    if not any(hasattr(member, x) for x in ("optimizer", "advance", "elementwise")):
+    if not any(hasattr(member, x) for x in ("optimizer", "advance")):
       name = getattr(member, "__qualname__", type(member).__name__).split(".")[0]
-      names.append("quantize_state" if name == "quantize" else name)
+      names.append({"quantize": "quantize_state", "delta_bits_of": "delta_bits"}.get(name, name))
   # Names a member with a known alternative first.
   names.sort(key=lambda name: name not in _INSTEAD)
   name = names[0] if names else "loss scale" if hasattr(update, "advance") else "chain"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_lowmem.engine import leaf_steps
 from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Optimizer, Stored
 from optax_lowmem.release import layer_calls
 from optax_lowmem.states import DeltaBitsState, QuantizedState
@@ -134,7 +135,10 @@ class Step:
         f"opt_state is not this optimizer's, but a {type(opt_state).__name__}. With tx=, the step"
         " takes (params, opt_state, *batch); without it, a lowmem.TrainState."
       )
-    self._steps = LeafSteps(chain.optimizer, inner, params, params)
+    steps = LeafSteps.of(chain.optimizer, inner, params, params)
+    if steps is None:
+      raise ValueError(leaf_steps.why_composed(inner))
+    self._steps = steps
     self._by_name = pytrees.named_leaves(params)
 
   def run(self, batch):

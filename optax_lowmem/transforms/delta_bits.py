@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem.engine import landing, sessions
+from optax_lowmem.engine import in_place, landing, sessions
+from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.portable import portable_update
 from optax_lowmem.states import DeltaBitsState, check_residuals, leaf_streams, was_taken
 from optax_lowmem.trees import nnx_variables, pytrees
@@ -79,51 +80,47 @@ def delta_bits(
     section 3.1
   """
   inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
-  starts_at_zero = getattr(inner.init, "starts_at_zero", False)
-  is_portable = elementwise and not hasattr(inner.update, "elementwise")  # which then is
-  update_of_inner = functools.partial(portable_update, inner) if is_portable else inner.update
+  optimizer = None
+  if elementwise:
+    declared = getattr(inner.update, "optimizer", None)  # of quantize_state(elementwise=True)
+    optimizer = declared or Optimizer.declared(inner)
+    if declared is None:
+      update = functools.partial(portable_update, inner)
+      inner = optax.GradientTransformationExtraArgs(inner.init, update)
+  return delta_bits_of(inner, weights, key, update_dtype, optimizer)
+
+
+def delta_bits_of(
+  inner: optax.GradientTransformationExtraArgs,
+  weights: Weights,
+  key,
+  update_dtype,
+  optimizer: Optimizer | None,
+) -> optax.GradientTransformationExtraArgs:
+  """`delta_bits` around inner, whose update and step an optimizer makes leaf by leaf.
+
+  Args:
+    inner: the transformation to wrap.
+    weights: as `delta_bits` takes it.
+    key: likewise.
+    update_dtype: likewise.
+    optimizer: the elementwise optimizer that inner is, its statistics perhaps
+      quantized; None if it is not elementwise.
+
+  Returns:
+    The transformation.
+  """
   _refuse_half_hyperparameters(inner)
   _check_update_dtype(update_dtype)
   if not callable(weights):
     weights = jax.tree.map(DeltaFormat.parse, weights)
+  starts_at_zero = getattr(inner.init, "starts_at_zero", False)
+  # The updates of a declared optimizer have Optax's own bits.
+  is_ours = optimizer is not None and not optimizer.is_declared
+  updater = optimizer if is_ours and update_dtype != "gradient" else None
 
   def init_fn(params):
-    seed = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
-    session = sessions.current(sessions.InitSession)
-    formats = _formats_for(weights, params, converting=session is not None)
-    streams = leaf_streams(seed, 0, formats.by_name)
-    residuals, masters = {}, {}
-    whole: dict[DeltaFormat, dict[str, jax.Array]] = {}
-    for name, leaf in pytrees.named_leaves(params).items():
-      fmt = formats.get(name)
-      if fmt is None:
-        continue
-      if leaf.dtype == jnp.float32:
-        whole.setdefault(fmt, {})[name] = jnp.asarray(leaf)
-      else:
-        residuals[name] = _zeros(leaf, fmt)
-        masters[name] = arithmetic.widen(leaf)
-    for fmt, leaves in whole.items():
-      pairs = [(leaf, streams[name]) for name, leaf in leaves.items()]
-      # All in one program, unless the caller takes the program apart.
-      runs = [[pair] for pair in pairs] if sessions.is_leaf_by_leaf() else [pairs]
-      parts = [x for run in runs for x in split_leaves(*_columns(run, fmt), not starts_at_zero)]
-      for name, (low, residuals[name], master) in zip(leaves, parts, strict=True):
-        session.convert(name, low)
-        # A state of zeros is one whatever the weights are.
-        masters[name] = leaves[name] if starts_at_zero else master
-    if session is not None:
-      session.found_ours = True
-    with sessions.holding(frozenset(formats.by_name)):
-      inner_state = inner.init(pytrees.map_named(masters.get, params))
-      inner_state = pytrees.sharded_like(inner_state, params)
-    return DeltaBitsState(
-      formats=formats.marked(params),
-      step=jnp.zeros([], jnp.int32),
-      key=seed,
-      residuals=pytrees.map_named(lambda name, _: residuals.get(name), params),
-      inner_state=inner_state,
-    )
+    return _init(inner, weights, key, starts_at_zero, params)
 
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
@@ -131,55 +128,108 @@ def delta_bits(
     if landing.is_checking():
       return landing.mark(updates, state, params, update_dtype)
     pytrees.check_gradients(updates, params)
-    formats = state.formats
-    weights_by_name = pytrees.named_leaves(params)
-    residuals = check_residuals(state.residuals, weights_by_name, formats)
-    grads_by_name = pytrees.named_leaves(updates)
-
-    def master(name, leaf):
-      fmt = formats.get(name)
-      return leaf if fmt is None else merge(leaf, residuals.get(name), fmt)
-
-    def wide(name, g):
-      return g if formats.get(name) is None else jnp.asarray(g).astype(jnp.float32)
-
-    inner_updates, inner_state = update_of_inner(
-      pytrees.map_named(wide, updates),
-      state.inner_state,
-      pytrees.map_named(master, params),
-      **extra_args,
-    )
-    next_step = state.step + was_taken(state.inner_state, inner_state)
-    streams = leaf_streams(state.key, next_step, formats.by_name)
     session = sessions.current(sessions.StepSession)
-    new_residuals = {}
+    new = None
+    # Our own optimizers take no extra arguments; a declared one may read them.
+    if session is not None and optimizer is not None and (is_ours or not extra_args):
+      new = in_place.step(optimizer, updates, state, params)
+    elif session is None and updater is not None:
+      new = in_place.update(updater, updates, state, params)
+    if new is None:
+      new = _composed(inner, update_dtype, session, updates, state, params, extra_args)
+    return new
 
-    def land(name, u):
-      fmt = formats.get(name)
-      if fmt is None:
-        return u
-      low, u = weights_by_name[name], u.astype(jnp.float32)
-      new_low, residual = _apply(low, residuals.get(name), u, fmt, streams[name])
-      if session is not None:
-        new_residuals[name] = residual
-        return sessions.Landed(new_low, session)
-      dtype = jnp.result_type(grads_by_name[name]) if update_dtype == "gradient" else update_dtype
-      u, new_residuals[name] = _land(low, new_low, residual, fmt, dtype)
-      return u
-
-    new_updates = pytrees.map_named(land, inner_updates)
-    new_state = DeltaBitsState(
-      formats=formats,
-      step=next_step,
-      key=state.key,
-      residuals=pytrees.map_named(lambda name, _: new_residuals.get(name), params),
-      inner_state=inner_state,
-    )
-    return new_updates, new_state
-
-  if elementwise:
-    update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
+  if optimizer is not None:
+    update_fn.optimizer = optimizer  # type: ignore[attr-defined] # gradient release asks for it
   return nnx_variables.transformation(init_fn, update_fn)
+
+
+def _init(inner, weights, key, starts_at_zero: bool, params) -> DeltaBitsState:
+  """The state; with a session open, the weights of float32 leaves go there."""
+  seed = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
+  session = sessions.current(sessions.InitSession)
+  formats = _formats_for(weights, params, converting=session is not None)
+  streams = leaf_streams(seed, 0, formats.by_name)
+  residuals, masters = {}, {}
+  whole: dict[DeltaFormat, dict[str, jax.Array]] = {}
+  for name, leaf in pytrees.named_leaves(params).items():
+    fmt = formats.get(name)
+    if fmt is None:
+      continue
+    if leaf.dtype == jnp.float32:
+      whole.setdefault(fmt, {})[name] = jnp.asarray(leaf)
+    else:
+      residuals[name] = _zeros(leaf, fmt)
+      masters[name] = arithmetic.widen(leaf)
+  for fmt, leaves in whole.items():
+    pairs = [(leaf, streams[name]) for name, leaf in leaves.items()]
+    # All in one program, unless the caller takes the program apart.
+    runs = [[pair] for pair in pairs] if sessions.is_leaf_by_leaf() else [pairs]
+    parts = [x for run in runs for x in split_leaves(*_columns(run, fmt), not starts_at_zero)]
+    for name, (low, residuals[name], master) in zip(leaves, parts, strict=True):
+      session.convert(name, low)
+      # A state of zeros is one whatever the weights are.
+      masters[name] = leaves[name] if starts_at_zero else master
+  if session is not None:
+    session.found_ours = True
+  with sessions.holding(frozenset(formats.by_name)):
+    inner_state = inner.init(pytrees.map_named(masters.get, params))
+    inner_state = pytrees.sharded_like(inner_state, params)
+  return DeltaBitsState(
+    formats=formats.marked(params),
+    step=jnp.zeros([], jnp.int32),
+    key=seed,
+    residuals=pytrees.map_named(lambda name, _: residuals.get(name), params),
+    inner_state=inner_state,
+  )
+
+
+def _composed(inner, update_dtype, session, updates, state, params, extra_args):
+  """One update of inner over the master weights, then of each weight: (updates, state)."""
+  formats = state.formats
+  weights_by_name = pytrees.named_leaves(params)
+  residuals = check_residuals(state.residuals, weights_by_name, formats)
+  grads_by_name = pytrees.named_leaves(updates)
+
+  def master(name, leaf):
+    fmt = formats.get(name)
+    return leaf if fmt is None else merge(leaf, residuals.get(name), fmt)
+
+  def wide(name, g):
+    return g if formats.get(name) is None else jnp.asarray(g).astype(jnp.float32)
+
+  inner_updates, inner_state = inner.update(
+    pytrees.map_named(wide, updates),
+    state.inner_state,
+    pytrees.map_named(master, params),
+    **extra_args,
+  )
+  next_step = state.step + was_taken(state.inner_state, inner_state)
+  streams = leaf_streams(state.key, next_step, formats.by_name)
+  new_residuals = {}
+
+  def land(name, u):
+    fmt = formats.get(name)
+    if fmt is None:
+      return u
+    low, u = weights_by_name[name], u.astype(jnp.float32)
+    new_low, residual = _apply(low, residuals.get(name), u, fmt, streams[name])
+    if session is not None:
+      new_residuals[name] = residual
+      return sessions.Landed(new_low, session)
+    dtype = jnp.result_type(grads_by_name[name]) if update_dtype == "gradient" else update_dtype
+    u, new_residuals[name] = _land(low, new_low, residual, fmt, dtype)
+    return u
+
+  new_updates = pytrees.map_named(land, inner_updates)
+  new_state = DeltaBitsState(
+    formats=formats,
+    step=next_step,
+    key=state.key,
+    residuals=pytrees.map_named(lambda name, _: new_residuals.get(name), params),
+    inner_state=inner_state,
+  )
+  return new_updates, new_state
 
 
 # Under jit, so that leaves of one shape and format are traced once.

@@ -1,20 +1,21 @@
 """adamw, adam, lion and sgd: Optax's, with weights and statistics in few bits.
 
-Each is `delta_bits(quantize_state(optax.X(...)))`, so its mathematics is
-Optax's; `lowmem.step` takes an in-place path of its own (`_fused`). Parameters
-without a weight format keep Optax's own behaviour, statistics included.
+Each is `delta_bits(quantize_state(optax.X(...)))` with Optax's mathematics, declared
+elementwise. Parameters without a weight format keep Optax's own behaviour, statistics
+included.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_lowmem.engine.leaf_steps import Fold, Optimizer
-from optax_lowmem.transforms.delta_bits import Weights
-from optax_lowmem.transforms.fused import fused
-from optax_lowmem.transforms.quantize_state import DEFAULT, first_format
+from optax_lowmem.transforms.delta_bits import Weights, delta_bits_of
+from optax_lowmem.transforms.quantize_state import DEFAULT, first_format, quantize
 from pallas_kernels.formats.state_formats import Name
+from pallas_kernels.placement import implementations
 from pallas_kernels.placement.implementations import Implementation
 
 Array = jax.typing.ArrayLike
@@ -35,6 +36,7 @@ def adamw(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
+  update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.adamw` in 5.13 bytes a parameter: weight, residual and both moments.
@@ -53,6 +55,7 @@ def adamw(
     mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
     nu: format of the second moment.
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    update_dtype: as `delta_bits` takes it.
     implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
       `pallas_kernels.fused_update` takes it.
 
@@ -80,7 +83,8 @@ def adamw(
     )
 
   fold = _adam_fold(b1, b2, nesterov)
-  return fused(Optimizer(make, mask, implementation, fold), weights, formats, key)
+  optimizer = Optimizer(make, mask, implementation, fold)
+  return _half(optimizer, weights, formats, key, update_dtype)
 
 
 def adam(
@@ -96,6 +100,7 @@ def adam(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
+  update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.adam` in 5.13 bytes a parameter: weight, residual and both moments.
@@ -112,6 +117,7 @@ def adam(
     mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
     nu: format of the second moment.
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    update_dtype: as `delta_bits` takes it.
     implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
       `pallas_kernels.fused_update` takes it.
 
@@ -136,7 +142,8 @@ def adam(
     return optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
 
   fold = _adam_fold(b1, b2, nesterov)
-  return fused(Optimizer(make, None, implementation, fold), weights, formats, key)
+  optimizer = Optimizer(make, None, implementation, fold)
+  return _half(optimizer, weights, formats, key, update_dtype)
 
 
 def lion(
@@ -150,6 +157,7 @@ def lion(
   weights: Weights = "bf16+8",
   mu: Name = DEFAULT,
   key: Array = 0,
+  update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.lion` in 4.07 bytes a parameter: weight, residual and momentum.
@@ -164,6 +172,7 @@ def lion(
     weights: formats of the weights, as `delta_bits` takes them.
     mu: format of the momentum: "fp32", "bf16", "fp16" or "int8".
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    update_dtype: as `delta_bits` takes it.
     implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
       `pallas_kernels.fused_update` takes it.
 
@@ -186,7 +195,8 @@ def lion(
     return optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
 
   fold = "lion's update is the sign of a sum in which the momentum does not occur as it is kept"
-  return fused(Optimizer(make, mask, implementation, fold), weights, formats, key)
+  optimizer = Optimizer(make, mask, implementation, fold)
+  return _half(optimizer, weights, formats, key, update_dtype)
 
 
 def sgd(
@@ -198,6 +208,7 @@ def sgd(
   weights: Weights = "bf16+8",
   accumulator: Name = DEFAULT,
   key: Array = 0,
+  update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.sgd` in 4.07 bytes a parameter (3 without momentum).
@@ -210,6 +221,7 @@ def sgd(
     weights: formats of the weights, as `delta_bits` takes them.
     accumulator: format of the accumulator: "fp32", "bf16", "fp16" or "int8".
     key: an integer seed or a `jax.random` key for stochastic rounding.
+    update_dtype: as `delta_bits` takes it.
     implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
       `pallas_kernels.fused_update` takes it.
 
@@ -234,9 +246,17 @@ def sgd(
     del mask  # there is no weight decay
     return optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
 
-  return fused(
-    Optimizer(make, None, implementation, _sgd_fold(momentum, nesterov)), weights, formats, key
+  optimizer = Optimizer(make, None, implementation, _sgd_fold(momentum, nesterov))
+  return _half(optimizer, weights, formats, key, update_dtype)
+
+
+def _half(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
+  """`delta_bits(quantize_state(optimizer))`; formats are the statistics', by field."""
+  implementations.check_name(optimizer.implementation)
+  inner = quantize(
+    optimizer.make(optimizer.mask), formats, "bf16", key, only_held=True, starts_at_zero=True
   )
+  return delta_bits_of(inner, weights, key, update_dtype, optimizer)
 
 
 def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optax_lowmem.engine import landing, sessions
+from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.portable import portable_update
 from optax_lowmem.states import QuantizedState, leaf_streams, was_taken
 from optax_lowmem.trees import nnx_variables, pytrees
@@ -198,8 +199,8 @@ def quantize(
     stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(table, step, state.key, stored)
 
-  if elementwise:
-    update_fn.elementwise = inner  # type: ignore[attr-defined] # what gradient release asks for
+  if elementwise:  # gradient release and delta_bits ask for it
+    update_fn.optimizer = Optimizer.declared(inner)  # type: ignore[attr-defined]
   init_fn.starts_at_zero = starts_at_zero  # type: ignore[attr-defined] # then delta_bits merges nothing
   return nnx_variables.transformation(init_fn, update_fn)
 

@@ -112,4 +112,6 @@ def _is_variable(x) -> bool:
 
 
 def _has_variables(tree) -> bool:
+  if "flax.nnx" not in sys.modules:
+    return False
   return any(map(_is_variable, jax.tree.leaves(tree, is_leaf=_is_variable)))

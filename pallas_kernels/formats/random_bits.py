@@ -135,7 +135,8 @@ def element_bits(key, index, index_high=0, lane: int = 0):
   """32 random bits for each element of an array or a tile, of any shape.
 
   Args:
-    key: the two uint32 scalars of one row of ``stream_keys``.
+    key: the two uint32 scalars of one row of ``stream_keys``; or four, of which lane
+      0 takes the first two and every other lane the last two.
     index: uint32, the low half of the element's place in the whole array.
     index_high: uint32 (or 0), the high half of that place.
     lane: 0 for a weight. Each further lane gives more bits for the same element
@@ -144,7 +145,7 @@ def element_bits(key, index, index_high=0, lane: int = 0):
   Returns:
     uint32 of index's shape.
   """
-  return lane_bits(_mixed(key, index, index_high), lane)
+  return lane_bits(_mixed(key[-2:] if lane else key[:2], index, index_high), lane)
 
 
 def _mixed(key, index, index_high):
@@ -254,7 +255,7 @@ def random_bits(
   """The stream of a whole array or of a part of one.
 
   Args:
-    key: uint32 [2], one row of ``stream_keys``.
+    key: uint32 [2] or [4], as ``element_bits`` takes it.
     shape: the shape of the array or the part.
     lane: see ``element_bits``.
     window: the part's position in the whole; None for a whole array.
@@ -263,4 +264,4 @@ def random_bits(
     uint32 of ``shape``.
   """
   low, high = element_index(shape, window)
-  return element_bits((key[0], key[1]), low, high, lane)
+  return element_bits(tuple(key), low, high, lane)

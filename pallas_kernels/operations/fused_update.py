@@ -17,14 +17,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.formats import state_formats
 from pallas_kernels.formats.random_bits import key_words, stream_keys
-from pallas_kernels.formats.state_formats import BLOCK, StateFormat
+from pallas_kernels.formats.state_formats import StateFormat
 from pallas_kernels.formats.weights import DeltaFormat
 from pallas_kernels.operations import checks
 from pallas_kernels.placement import implementations, sharded
 from pallas_kernels.placement.by_device import by_device
 from pallas_kernels.placement.partitioned import partitioned
 from pallas_kernels.programs import cpu, mosaic_gpu, tiles, xla
-from pallas_kernels.programs.hoist import hoist
+from pallas_kernels.programs.hoist import Hoisted
 from pallas_kernels.programs.leaf import Leaf, Rule
 
 
@@ -100,8 +100,25 @@ def fused_update_leaves(
 
   A rule that returns None for the update leaves the weight as it is.
   """
-  for leaf in leaves:
-    _check(leaf, fmt, statistic_formats, index)
+  check(leaves, fmt, statistic_formats, index)
+  rest = hoisted_rule(rule, len(statistic_formats), leaves[0].gradient.shape)
+  return step_leaves(
+    rest, rest.scalars(), leaves, fmt, statistic_formats, when, implementation, index, lands
+  )
+
+
+def hoisted_rule(rule: Rule, count: int, shape: tuple[int, ...], scalars=()) -> Hoisted:
+  """The rule of leaves with count statistics, traced on arrays of a shape and on scalars."""
+  x = jax.ShapeDtypeStruct(shape or (1,), jnp.float32)
+  return Hoisted(rule, (x, x, [x] * count), scalars)
+
+
+def step_leaves(
+  rest: Hoisted, scalars, leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, when,
+  implementation: implementations.Implementation | None, index: jax.Array | None = None,
+  lands: bool = False,
+) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
+  """`fused_update_leaves` of a `hoisted_rule` and its scalars, and of leaves that are checked."""
   formats = (fmt, tuple(statistic_formats))
   leaves, reason = list(leaves), _unfit(fmt, statistic_formats)
   if implementation is not None:
@@ -114,12 +131,11 @@ def fused_update_leaves(
   shards = None if mesh is None else sharded.Shards.of(leaves, mesh, index is not None)
   if shards is not None:
     shapes, stacks = shards.shapes, shards.stacks
-  own_stream = any(x.statistics_stream is not None for x in leaves)
-  is_plain = own_stream or _is_wide(rule, formats)
-  scalars, rules = _hoisted(rule, formats, shapes)
-  # A rule that holds programs of its own takes the shapes alone that it was traced with.
-  is_flat = all(rest.takes_any_shape for rest in rules.values())
-  takes_kernel = not reason and not is_plain and is_flat
+  # A rule that holds programs of its own takes only the shapes that it was traced with.
+  known = shapes[:1] if rest.takes_any_shape else shapes
+  rules = {shape or (1,): rest.at(shape or (1,)) for shape in known}
+  is_flat = rest.takes_any_shape and not rest.is_wide
+  takes_kernel = not reason and is_flat
   is_whole = mesh is None and index is None
   takes_kernel &= all(mosaic_gpu.takes(*of, is_whole) for of in zip(shapes, stacks, strict=True))
   # New weights that are to land are written where the gradients were.
@@ -137,12 +153,12 @@ def fused_update_leaves(
   # XLA fuses into its own passes and would have to write to memory for a kernel.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
-  is_chunked = not is_plain and is_flat and all(cpu.takes(leaf, fmt) for leaf in leaves)
+  is_chunked = is_flat and all(cpu.takes(leaf, fmt) for leaf in leaves)
   is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
   by_xla = functools.partial(xla.step, rules, formats, lands)
   programs: dict[str, Any] = {
     "any": by_xla,
-    "gpu": functools.partial(by_xla, contracts=True, joins=is_flat and not is_plain),
+    "gpu": functools.partial(by_xla, contracts=True, joins=is_flat),
     "gpus": functools.partial(by_xla, contracts=True),
   }
   if mesh is not None and shards is None:  # XLA moves what belongs together
@@ -187,6 +203,12 @@ def _refuse(*args):
   )
 
 
+def check(leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, index):
+  """Raises for dtypes and shapes that are not those of the formats and of each other."""
+  for leaf in leaves:
+    _check(leaf, fmt, statistic_formats, index)
+
+
 def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
   gradient, low, delta, statistics = leaf[:4]
   checks.residual(low, delta, fmt)
@@ -214,30 +236,3 @@ def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
   if any(f.name == "fp32" for f in statistic_formats):
     return 'statistics in "bf16", "fp16" or "int8"'
   return ""
-
-
-def _is_wide(rule, formats) -> bool:
-  """Whether a scalar turns the rule's arrays into float64, for which there is plain XLA alone."""
-  if jnp.result_type(float) != jnp.float64:
-    return False
-  struct = jax.ShapeDtypeStruct((BLOCK, BLOCK), jnp.float32)
-  jaxpr = jax.make_jaxpr(rule)(struct, struct, [struct] * len(formats[1]))
-  return f"f64[{BLOCK},{BLOCK}]" in str(jaxpr)
-
-
-def _hoisted(rule, formats, shapes: Sequence[tuple[int, ...]]):
-  """The rule's scalars, and the rule without them, by the shape that it is called on.
-
-  Traced once, unless it holds programs of its own, on arrays of one shape.
-  """
-  shapes = list(dict.fromkeys(shape or (1,) for shape in shapes))
-
-  def hoisted(shape):
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return hoist(rule, (x, x, [x] * len(formats[1])))
-
-  scalars, rest = hoisted(shapes[0])
-  rules = {shapes[0]: rest}
-  if not rest.takes_any_shape:
-    rules |= {shape: hoisted(shape)[1] for shape in shapes[1:]}
-  return scalars, rules

@@ -1,7 +1,7 @@
 """Launching Mosaic GPU kernels on blocks of 32 neighbours, each with a scale.
 
 A kernel treats arrays as [blocks, 32], 32 blocks (one warpgroup) a program. The
-remainder of an array is cut into tiles of 8 blocks, the last two of which may
+remainder of an array is cut into tiles of 8 blocks; its last two tiles may
 overlap. Several arrays can share a launch. Updates are in place, as in
 ``elementwise``.
 """
@@ -133,7 +133,7 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
       )
       place = (row + first_row.astype(jnp.uint32)) * jnp.uint32(n)
       place = place + (column + (block * BLOCK).astype(jnp.uint32))
-      words = leaf.key[0], leaf.key[1]
+      words = [leaf.key[i] for i in range(leaf.key.shape[0])]
       bits = lambda lane: element_bits(words, place, lane=lane)
       load = lambda ref: plgpu.load(ref.at[here], layout=layout, optimized=False)
       of_scales = [ref.at[here[0], block] for ref in leaf.scale_refs]
@@ -220,7 +220,8 @@ def _run_tiles(
     if leaf.key is None:
       place = [by_row(ref, in_array) for ref in leaf.draws]
     else:
-      place = [leaf.key[0], leaf.key[1], in_whole(in_stack.astype(jnp.uint32), row)]
+      place = [leaf.key[i] for i in range(leaf.key.shape[0])]
+      place.append(in_whole(in_stack.astype(jnp.uint32), row))
     return (
       place,
       array(leaf.read, in_array),
@@ -257,7 +258,7 @@ def _run_tiles(
     (*words, blocks), read, values, scales = loaded
     valid = None
     if leaves[0].key is None:
-      if len(leaves[0].draws) == 4:
+      if len(leaves[0].draws) % 2 == 0:
         *words, first_places, valid = map(across, (*words, blocks))
         valid = column.astype(jnp.int32) < valid
       else:

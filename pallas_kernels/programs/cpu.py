@@ -47,12 +47,11 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index=Non
 
 
 def _step_joined(rule, formats, lands, when, leaf, draws):
-  bits = draws.bits
-  own_bits = bits if draws.own_words is None else draws.own_bits
   gradient, low, delta, statistics = leaf[:4]
   new = _chunk(
-    rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, draws.valid, when
-  )
+    rule, formats, lands, gradient, low, delta, statistics, draws.words, draws.places(),
+    draws.valid, when,
+  )  # fmt: skip
   return _keep(new)  # otherwise every leaf that is cut off is a kernel that computes codes
 
 
@@ -70,7 +69,7 @@ def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
 def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   """The step of a leaf in chunks of whole rows."""
   fmt, _ = formats
-  gradient, low, delta, statistics, stream, own = leaf
+  gradient, low, delta, statistics, stream = leaf
   shape = gradient.shape
   rows, n = joined.rows_of(shape)
   if n % BLOCK == 0:  # makes every block a row, so a chunk can be any number of blocks
@@ -115,13 +114,9 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
       else _filled_up(x)
       for x in cut_statistics
     ]
-    bits = lambda lane: element_bits((stream[0], stream[1]), places, lane=lane)
-    own_bits = bits
-    if own is not None:
-      own_bits = lambda lane: element_bits((own[0], own[1]), places, lane=lane)
     new = _chunk(
       rule, formats, lands, _filled_up(cut(values, start)), _filled_up(cut_low), cut_delta,
-      cut_statistics, bits, own_bits, valid, when,
+      cut_statistics, tuple(stream), places, valid, when,
     )  # fmt: skip
     if n % BLOCK:
       new = _keep(new)
@@ -174,13 +169,14 @@ def _in_threads(i):
 
 
 def _chunk(
-  rule, formats, lands, gradient, low, delta, statistics, bits, own_bits, valid, when
+  rule, formats, lands, gradient, low, delta, statistics, words, places, valid, when
 ):  # fmt: skip
   """Steps [blocks, 32] values; scales are [blocks, 1]."""
   fmt, statistic_formats = formats
   shape = gradient.shape
-  word, own_word = _keep(bits(0)), None if own_bits is bits else _keep(own_bits(0))
-  own_word = word if own_word is None else own_word
+  word = own_word = _keep(element_bits(words[:2], places))
+  if len(words) == 4:
+    own_word = _keep(element_bits(words[2:], places))
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)

@@ -1,8 +1,8 @@
 """hoist: an elementwise function, split into scalars that are computed once and the rest.
 
-The rest can be evaluated so that its bits do not depend on the program that it
-is compiled in: no multiplication is contracted with an addition; or, in a GPU
-kernel, whose compiler always contracts, of two products the second alone.
+The bits of the rest need not depend on the program around it: it can be evaluated
+without contracting a multiplication and an addition. The compiler of a GPU kernel always
+contracts; there, the rest chooses which of two products it may contract.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,11 @@ from typing import Any, TypeGuard
 
 import jax
 from jax.extend.core import Literal, Var
+import jax.numpy as jnp
 
 from pallas_kernels.formats.arithmetic import keep_apart, rounded, sign_of
 
-# What no compiler contracts with an addition; everything else may be, or hand on, a product.
+# No compiler contracts these with an addition. The result of any other may be a product.
 _NO_PRODUCTS = {
   "add", "sub", "div", "sqrt", "rsqrt", "cbrt", "max", "min", "clamp", "select_n", "sign", "abs",
   "exp", "log", "pow", "tanh", "logistic", "floor", "ceil", "round",
@@ -23,117 +24,165 @@ _NO_PRODUCTS = {
 
 _SUMS = (jax.lax.add_p, jax.lax.sub_p)
 
-# Of one array's shape, and yet not elementwise.
+# These keep an array's shape and are still not elementwise.
 _NOT_ELEMENTWISE = (
   "cum", "sort", "rev", "fft", "iota", "random", "threefry", "gather", "scatter", "dynamic", "roll",
   "conv_general", "dot", "triangular", "cholesky", "while", "scan",
 )  # fmt: skip
 
 
-def hoist(f: Callable, structs) -> tuple[list[jax.Array], Callable[..., Any]]:
-  """Takes what f computes of scalars alone out of f.
+def hoist(f: Callable, structs) -> tuple[list[jax.Array], "Hoisted"]:
+  """`Hoisted(f, structs)` and its scalars, for a function that takes arrays alone."""
+  hoisted = Hoisted(f, structs)
+  return hoisted.scalars(), hoisted
 
-  f may close over traced scalars (a learning rate, a count): a kernel's body
-  may not, and has no power function for a bias correction.
 
-  Args:
-    f: a function of arrays of one shape, which is not ().
-    structs: its arguments, a tuple of trees of `jax.ShapeDtypeStruct`.
+class Hoisted:
+  """An elementwise function whose scalars are computed outside of it.
 
-  Returns:
-    The scalars, and a function `rest(scalars, *args, contracts=False,
-    products=None, keep=None)` that closes over no tracer. A division by one of them is a
-    multiplication by its reciprocal (an error of 1 ulp, for divisors up to
-    2**126). With contracts, multiplications and additions may be contracted.
-    A Mosaic GPU kernel gives products: which of the arrays may be products.
-    Results that the rest goes on with pass keep, a barrier, as soon as they are
-    computed.
-    It takes arrays of another common shape, too, where `rest.takes_any_shape`.
+  A function may close over traced scalars (a learning rate) and compute with them. A
+  kernel's body may not, and has no power function for a bias correction.
 
-  Raises:
-    ValueError: if f is not elementwise, or closes over an array.
+  Attributes:
+    takes_any_shape: whether arrays of another common shape are accepted.
+    is_wide: whether scalars turn its arrays into float64.
+    closes_over_tracers: whether it is valid in one trace only.
   """
-  closed, out = jax.make_jaxpr(f, return_shape=True)(*structs)
-  # Once more, without functions under jit, which may compute scalars and arrays.
-  flat = jax.tree.leaves(structs)
-  closed = jax.make_jaxpr(lambda *args: _inlined(closed.jaxpr, closed.consts, args))(*flat)
-  jaxpr = closed.jaxpr
-  known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-  kept = []
-  for eqn in jaxpr.eqns:
-    is_scalar = all(isinstance(x, Literal) or x in known for x in eqn.invars)
-    if is_scalar and all(getattr(x.aval, "shape", None) == () for x in eqn.outvars):
-      evaluate(eqn, known, known)
-    else:
-      kept.append(eqn)
 
-  used: dict[Any, int] = {}  # scalars that the rest reads, and where they are passed
-  inverted: dict[Any, int] = {}
-  scalars: list[jax.Array] = []
+  def __init__(self, f: Callable, structs, scalars=()):
+    """Traces f and takes it apart.
 
-  def passed(places, var, value):
-    if jax.numpy.shape(value):
+    Args:
+      f: a function of arrays of one shape, which is not (), then of scalars.
+      structs: the arrays, a tuple of trees of `jax.ShapeDtypeStruct`.
+      scalars: the scalars, likewise.
+
+    Raises:
+      ValueError: if f is not elementwise, or closes over an array.
+    """
+    self._f, self._scalars = f, scalars
+    closed, self._out = jax.make_jaxpr(f, return_shape=True)(*structs, *scalars)
+    # Again, with the functions under jit inlined: they may compute scalars and arrays.
+    self._args, self._structs = structs, jax.tree.leaves(structs)
+    flat = jax.tree.leaves((structs, scalars))
+    closed = jax.make_jaxpr(lambda *args: _inlined(closed.jaxpr, closed.consts, args))(*flat)
+    jaxpr, self._consts = closed.jaxpr, closed.consts
+    self._invars, self._outvars = jaxpr.invars[: len(self._structs)], jaxpr.outvars
+    self._known = [*jaxpr.constvars, *jaxpr.invars[len(self._structs) :]]
+    self._before, self._eqns = _parted(jaxpr.eqns, self._known)
+    known = {*self._known, *(var for eqn in self._before for var in eqn.outvars)}
+    # Scalars in the rest, by variable: where they are passed. Those of `_inverted` are divisors.
+    self._used: dict[Var, int] = {}
+    self._inverted: dict[Var, int] = {}
+    self._find_passed(known)
+    shapes = {x.shape for x in self._structs}
+    _check_elementwise(self._eqns, shapes)
+    self._products = {
+      var
+      for eqn in self._eqns
+      for var in eqn.outvars
+      if eqn.primitive.name not in _NO_PRODUCTS or _is_in(eqn.invars[-1], self._inverted)
+    }
+    read = {var for eqn in self._eqns for var in eqn.invars if not isinstance(var, Literal)}
+    self._kept = {var for var in self._outvars if _is_in(var, read)}
+    self.takes_any_shape = len(shapes) == 1 and not any(map(_calls, self._eqns))
+    self.is_wide = any(
+      x.aval.shape and x.aval.dtype == "float64" for eqn in self._eqns for x in eqn.outvars
+    )
+    self.closes_over_tracers = any(isinstance(x, jax.core.Tracer) for x in self._consts)
+
+  def at(self, shape: tuple[int, ...]) -> "Hoisted":
+    """The function's parts for arrays of another shape."""
+    if self.takes_any_shape or all(x.shape == shape for x in self._structs):
+      return self
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), self._args)
+    return Hoisted(self._f, structs, self._scalars)
+
+  def _find_passed(self, known: set[Var]):
+    """Numbers the scalars that the rest reads."""
+    for eqn in self._eqns:
+      for i, var in enumerate(eqn.invars):
+        if _is_in(var, known):
+          divides = eqn.primitive is jax.lax.div_p and i == 1 and _is_float(var.aval)
+          self._pass(self._inverted if divides else self._used, var)
+    for var in self._outvars:
+      if _is_in(var, known):
+        self._pass(self._used, var)
+
+  def _pass(self, places: dict[Var, int], var: Var):
+    if shape := getattr(var.aval, "shape", ()):
       raise ValueError(
-        "A rule closes over scalars alone; this one closes over an array of shape"
-        f" {jax.numpy.shape(value)}."
+        f"A rule closes over scalars alone; this one closes over an array of shape {shape}."
       )
-    if var not in places:
-      places[var] = len(scalars)
-      scalars.append(value)
+    places.setdefault(var, len(self._used) + len(self._inverted))
 
-  for eqn in kept:
-    for i, var in enumerate(eqn.invars):
-      if not _is_in(var, known):
-        continue
-      if eqn.primitive is jax.lax.div_p and i == 1 and _is_float(known[var]):
-        passed(inverted, var, 1 / known[var])
-      else:
-        passed(used, var, known[var])
-  for var in jaxpr.outvars:
-    if _is_in(var, known):
-      passed(used, var, known[var])
-  _check_elementwise(kept, {x.shape for x in flat})
-  scalars = [rounded(x) if _is_float(x) else x for x in scalars]
-  scalars.append(jax.numpy.zeros((), jax.numpy.float32))  # of `keep_apart`
-  computed_products = {
-    var
-    for eqn in kept
-    for var in eqn.outvars
-    if eqn.primitive.name not in _NO_PRODUCTS or _is_in(eqn.invars[-1], inverted)
-  }
+  def scalars(self, *values) -> list[jax.Array]:
+    """Computes the scalars that the rest reads, from the function's own."""
+    env = dict(zip(self._known, [*self._consts, *jax.tree.leaves(values)], strict=True))
+    for eqn in self._before:
+      evaluate(eqn, env, env)
+    places = {i: env[var] for var, i in self._used.items()}
+    places |= {i: 1 / env[var] for var, i in self._inverted.items()}
+    found = [places[i] for i in range(len(places))]
+    found = [rounded(x) if _is_float(x) else x for x in found]
+    return [*found, jnp.zeros((), jnp.float32)]  # the last is `keep_apart`'s
 
-  results = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-  inner_results = results & {var for eqn in kept for var in eqn.invars if _is_in(var, results)}
+  def __call__(
+    self, scalars, *args, contracts: bool = False, products: Sequence[bool] | None = None, keep=None
+  ):
+    """Evaluates the rest, which closes over no tracer.
 
-  def rest(values, *args, contracts=False, products: Sequence[bool] | None = None, keep=None):
-    evaluate_one = evaluate
+    A division by a scalar is a multiplication by its reciprocal: an error of 1 ulp, for
+    divisors up to 2**126.
+
+    Args:
+      scalars: what `scalars` returned.
+      *args: arrays of one shape, in trees like structs.
+      contracts: whether a compiler may contract multiplications and additions.
+      products: in a Mosaic GPU kernel, which of the arrays may be products.
+      keep: a barrier for results that the rest itself reads.
+
+    Returns:
+      f's results.
+    """
     if products is not None:
-      given = {var for var, is_one in zip(jaxpr.invars, products, strict=True) if is_one}
-      evaluate_one = functools.partial(
-        _evaluate_in_kernel, products=computed_products | given, zero=values[-1]
+      given = {var for var, is_one in zip(self._invars, products, strict=True) if is_one}
+      step = functools.partial(
+        _evaluate_in_kernel, products=self._products | given, zero=scalars[-1]
       )
-    elif not contracts:
-      evaluate_one = functools.partial(evaluate, products={*jaxpr.invars} | computed_products)
+    else:
+      step = functools.partial(
+        evaluate, products=frozenset() if contracts else self._products.union(self._invars)
+      )
     arrays = jax.tree.leaves(args)
-    env = {var: values[i] for var, i in used.items()}
-    env |= dict(zip(jaxpr.invars, arrays, strict=True))
-    is_other = any(x.shape != struct.shape for x, struct in zip(arrays, flat, strict=True))
-    for eqn in kept:
+    env = {var: scalars[i] for var, i in self._used.items()}
+    env |= dict(zip(self._invars, arrays, strict=True))
+    is_other = any(x.shape != s.shape for x, s in zip(arrays, self._structs, strict=True))
+    for eqn in self._eqns:
       if is_other and eqn.primitive is jax.lax.broadcast_in_dim_p:
-        env[eqn.outvars[0]] = jax.numpy.broadcast_to(read(env, eqn.invars[0]), arrays[0].shape)
-        continue
-      if eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], inverted):
-        env[eqn.outvars[0]] = read(env, eqn.invars[0]) * values[inverted[eqn.invars[1]]]
+        (value,) = read(env, eqn.invars)
+        env[eqn.outvars[0]] = jnp.broadcast_to(value, arrays[0].shape)
+      elif eqn.primitive is jax.lax.div_p and _is_in(eqn.invars[1], self._inverted):
+        (value,) = read(env, eqn.invars[:1])
+        env[eqn.outvars[0]] = value * scalars[self._inverted[eqn.invars[1]]]
       else:
-        evaluate_one(eqn, env)
+        step(eqn, env)
       if keep is not None:
-        env |= {var: keep(env[var]) for var in eqn.outvars if var in inner_results}
-    return jax.tree.unflatten(jax.tree.structure(out), [read(env, x) for x in jaxpr.outvars])
+        env |= {var: keep(env[var]) for var in eqn.outvars if var in self._kept}
+    return jax.tree.unflatten(jax.tree.structure(self._out), read(env, self._outvars))
 
-  is_flat = not any(map(_calls, kept))
-  takes_any_shape = len({x.shape for x in flat}) == 1 and is_flat
-  rest.takes_any_shape = takes_any_shape  # type: ignore[attr-defined]
-  return scalars, rest
+
+def _parted(eqns, known):
+  """The equations that compute scalars of known scalars alone, and the others."""
+  known, before, after = set(known), [], []
+  for eqn in eqns:
+    is_scalar = {x for x in eqn.invars if not isinstance(x, Literal)} <= known
+    if is_scalar and {getattr(x.aval, "shape", None) for x in eqn.outvars} == {()}:
+      known.update(eqn.outvars)
+      before.append(eqn)
+    else:
+      after.append(eqn)
+  return before, after
 
 
 def _calls(eqn) -> bool:
@@ -164,25 +213,25 @@ def _inlined(jaxpr, consts, args):
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "jit":
       called = eqn.params["jaxpr"]
-      results = _inlined(called.jaxpr, called.consts, [read(env, x) for x in eqn.invars])
+      results = _inlined(called.jaxpr, called.consts, read(env, eqn.invars))
       env |= dict(zip(eqn.outvars, results, strict=True))
     elif eqn.primitive is jax.lax.integer_pow_p and eqn.params["y"] in (1, 2):
-      x = read(env, eqn.invars[0])  # Optax's g**1, which Mosaic GPU has no lowering for
+      (x,) = read(env, eqn.invars)  # Optax's g**1, which Mosaic GPU has no lowering for
       env[eqn.outvars[0]] = x if eqn.params["y"] == 1 else x * x
     else:
       evaluate(eqn, env)
-  return [read(env, x) for x in jaxpr.outvars]
+  return read(env, jaxpr.outvars)
 
 
-def read(env, var):
-  """A variable's value, or a literal's."""
-  return var.val if isinstance(var, Literal) else env[var]
+def read(env, variables) -> list[Any]:
+  """The values of variables and literals."""
+  return [x.val if isinstance(x, Literal) else env[x] for x in variables]
 
 
 def evaluate(eqn, env, products=frozenset()):
   """Adds an equation's results to env; of a sum, rounds the terms that are in products."""
-  operands = [read(env, x) for x in eqn.invars]
-  if eqn.primitive in _SUMS and _is_float(operands[0]):
+  operands = read(env, eqn.invars)
+  if products and eqn.primitive in _SUMS and _is_float(operands[0]):
     pairs = zip(eqn.invars, operands, strict=True)
     operands = [rounded(x) if _is_in(var, products) else x for var, x in pairs]
   _bind(eqn, env, operands)
@@ -190,7 +239,7 @@ def evaluate(eqn, env, products=frozenset()):
 
 def _evaluate_in_kernel(eqn, env, products, zero):
   """`evaluate` for Mosaic GPU."""
-  operands = [read(env, x) for x in eqn.invars]
+  operands = read(env, eqn.invars)
   is_float = _is_float(operands[0]) if operands else False
   if is_float and eqn.primitive in _SUMS and all(_is_in(x, products) for x in eqn.invars):
     # LLVM contracts one of two products, in one kernel this, in another that one. The first is
@@ -214,4 +263,4 @@ def _is_in(var, variables) -> TypeGuard[Var]:
 
 
 def _is_float(x) -> bool:
-  return jax.numpy.issubdtype(jax.numpy.result_type(x), jax.numpy.floating)
+  return jnp.issubdtype(jnp.result_type(x), jnp.floating)

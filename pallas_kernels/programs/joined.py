@@ -26,14 +26,12 @@ class Draws(NamedTuple):
   """The random bits of joined blocks, and the number of values in each.
 
   Attributes:
-    words: two uint32 [blocks, 1], the words of each block's stream.
-    own_words: the same for the statistics' streams, if they have their own; else None.
+    words: two or four uint32 [blocks, 1], the words of each block's stream.
     first: uint32 [blocks, 1], the place of each block's first element.
     length: int32 [blocks], the number of values in each block; None if every block is full.
   """
 
-  words: tuple[jax.Array, jax.Array]
-  own_words: tuple[jax.Array, jax.Array] | None
+  words: tuple[jax.Array, ...]
   first: jax.Array
   length: Any
 
@@ -47,13 +45,10 @@ class Draws(NamedTuple):
 
   def bits(self, lane: int) -> jax.Array:
     """The random bits of every element, uint32 [blocks, 32]."""
-    return element_bits(self.words, self._places(), lane=lane)
+    return element_bits(self.words, self.places(), lane=lane)
 
-  def own_bits(self, lane: int) -> jax.Array:
-    """The random bits of the statistics, uint32 [blocks, 32]."""
-    return element_bits(self.own_words or self.words, self._places(), lane=lane)
-
-  def _places(self):
+  def places(self) -> jax.Array:
+    """The place of every element, uint32 [blocks, 32]."""
     shape = (self.first.shape[0], BLOCK)
     return self.first + jax.lax.broadcasted_iota(_U32, shape, 1)
 
@@ -267,7 +262,7 @@ def step(
     (low, delta, statistics) of each leaf.
   """
   stored, gradients = [leaf[1:4] for leaf in leaves], [leaf.gradient for leaf in leaves]
-  streams = [(leaf.stream, leaf.statistics_stream) for leaf in leaves]
+  streams = [leaf.stream for leaf in leaves]
   if index is not None:
     take = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     stored = jax.tree.map(take, stored)
@@ -296,9 +291,7 @@ def step(
   if index is not None or windows:
     given = windows or [None] * len(leaves)
     places = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
-  words, own = zip(*streams, strict=True)
-  own_words = None if own[0] is None else own
-  new = program(leaf, draws(joint, shapes, words, own_words, places))
+  new = program(leaf, draws(joint, shapes, streams, places))
   flat_new, treedef = jax.tree.flatten(new)
   likes = zip(*(jax.tree.leaves(old) for old in stored), strict=True)
   parts = [joint.cut(x, like) for x, like in zip(flat_new, likes, strict=True)]
@@ -328,14 +321,13 @@ def _first_in_whole(leaf, index, window: Window | None):
   return first if window is None else whole_place(jnp.asarray(first), shape, window)
 
 
-def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws:
+def draws(joint: Joint, shapes, streams, places=None) -> Draws:
   """The streams and places of joined blocks.
 
   Args:
     joint: the joined arrays.
     shapes: their shapes.
-    streams: the two words of each array's stream.
-    own_streams: the two words of each array's statistics' stream, or None.
+    streams: the words of each array's stream.
     places: as in ``step``.
 
   Returns:
@@ -344,10 +336,7 @@ def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws
   which = np.repeat(np.arange(len(shapes)), joint.counts)
   which = np.concatenate([which, np.zeros(joint.spare, which.dtype)])
 
-  def words(streams):
-    table = jnp.stack(streams).at[which].get(mode="promise_in_bounds")
-    return table[:, :1], table[:, 1:]
-
+  table = jnp.stack(streams).at[which].get(mode="promise_in_bounds")
   zeros = np.zeros(joint.spare, np.uint32)
   places = list(map(firsts, shapes)) if places is None else places
   is_constant = all(isinstance(x, np.ndarray) for x in places)
@@ -355,8 +344,7 @@ def draws(joint: Joint, shapes, streams, own_streams=None, places=None) -> Draws
   length = joint.lengths()
   is_ragged = (length < BLOCK).any()
   return Draws(
-    words(streams),
-    None if own_streams is None else words(own_streams),
+    tuple(jnp.split(table, table.shape[1], axis=1)),
     jnp.asarray(first)[:, None].astype(_U32),
     jnp.asarray(np.pad(length, (0, joint.spare))) if is_ragged else None,
   )

@@ -19,9 +19,8 @@ class Leaf(NamedTuple):
     low: the weight.
     delta: its residual, or None.
     statistics: its stored statistics.
-    stream: uint32 [2], the words of its random stream (``stream_keys``).
-    statistics_stream: the words of the statistics' stream, if they have their
-      own; else None.
+    stream: uint32 [2], the words of its random stream (``stream_keys``); [4] if
+      its statistics have a stream of their own, whose words come last.
   """
 
   gradient: jax.Array
@@ -29,7 +28,6 @@ class Leaf(NamedTuple):
   delta: jax.Array | None
   statistics: list[Any]
   stream: jax.Array
-  statistics_stream: jax.Array | None = None
 
 
 def is_small(shape: tuple[int, ...]) -> bool:

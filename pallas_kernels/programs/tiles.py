@@ -42,7 +42,7 @@ class BlockLeaf(NamedTuple):
   """The operands of ``blockwise`` for one array.
 
   Attributes:
-    key: uint32 [2], the words of the stream; None for joined arrays.
+    key: uint32 [2] or [4], the words of the stream; None for joined arrays.
     read: [blocks, 32], the values that are only read.
     refs: [blocks, 32] each, the values that are replaced, at most 16 bits each;
       or [count * blocks, 32] for a stack of arrays.
@@ -50,9 +50,9 @@ class BlockLeaf(NamedTuple):
       replaced.
     start: int32 [axes], the first place of the array or stack along each axis of
       the whole, in blocks along the last axis; None if it is the whole.
-    draws: for joined arrays, uint32 [blocks] each: the two words of a block's
-      stream and the place of its first element; then, if blocks can be short,
-      int32 [blocks], the number of elements in each.
+    draws: for joined arrays, uint32 [blocks] each: the two or four words of a
+      block's stream and the place of its first element; then, if blocks can be
+      short, int32 [blocks], the number of elements in each.
   """
 
   key: jax.Array | None

@@ -57,16 +57,13 @@ def step_leaf(
   rule, formats, lands, leaf: Leaf, when, window: Window | None = None, draws: Any = None
 ):  # fmt: skip
   """Steps one leaf, or with draws, joined ones."""
-  gradient, low, delta, statistics, stream, own = leaf
+  gradient, low, delta, statistics, stream = leaf
   fmt, statistic_formats = formats
   valid = None
   if draws is None:
-    bits, own_bits = (
-      functools.partial(random_bits, words, low.shape, window=window)
-      for words in (stream, stream if own is None else own)
-    )
+    bits = functools.partial(random_bits, stream, low.shape, window=window)
   else:
-    bits, own_bits, valid = draws.bits, draws.own_bits, draws.valid
+    bits, valid = draws.bits, draws.valid
   gradient = arithmetic.as_float32(gradient)
   wide = packing.unpack(delta, low.shape, fmt)
   master = low if fmt.is_full_precision else arithmetic.merge_values(low, wide, fmt)
@@ -93,7 +90,7 @@ def step_leaf(
       ]
     )
   new_statistics = [
-    state_formats.quantize(x, f, statistic_bits(own_bits, i), scales[i])
+    state_formats.quantize(x, f, statistic_bits(bits, i), scales[i])
     for i, (x, f) in enumerate(zip(values, statistic_formats, strict=True))
   ]
   new = low, delta, new_statistics
