@@ -1,9 +1,11 @@
 """Sphinx's configuration: `make docs` builds the site from this folder."""
 
+import inspect
 import os
 import pathlib
 import re
 
+import jax.numpy as jnp
 from sphinx.util import logging
 
 import optax_lowmem as lowmem
@@ -45,6 +47,9 @@ nitpick_ignore_regex = [
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_typehints = (
+  "none"  # Optax's and JAX's unions fill a page; docstrings say what arguments are
+)
 default_role = "code"  # our docstrings have Markdown's `code`
 maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
@@ -86,15 +91,27 @@ def _markdown(app, what, name, obj, options, lines):
   """Turns a docstring's Markdown into reStructuredText: links, and `code`s with a plural s."""
   text = "\n".join(lines)
   text = re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r"`\1 <\2>`__", text)
-  text = re.sub(r"(?<!`)(``?[^`\n]+``?)(?=[a-z])", r"\1\\ ", text)
+  text = re.sub(r"(``[^`\n]+``|`[^`\n]+`)(?=([a-z])?)", lambda m: m[1] + r"\ " * bool(m[2]), text)
   if what == "property":  # Napoleon takes what stands before a colon for its type
     text = text.replace(": ", " — ", 1)
   lines[:] = text.split("\n")
 
 
-def _skip_tuple_fields(app, what, name, obj, skip, options):
-  """Leaves out what `NamedTuple` says of its fields: the class's docstring explains them."""
-  return skip or (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+def _signature(app, what, name, obj, options, signature, returns):
+  """Mends two signatures: NNX hides a class's behind a metaclass, optimizers have a sentinel."""
+  if signature is None:
+    return None
+  if what == "class" and signature == "(*args, **kwargs)":
+    parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    parameters = [x.replace(annotation=inspect.Parameter.empty) for x in parameters]
+    signature = str(inspect.Signature(parameters))
+  return signature.replace("=DEFAULT", "='int8'"), returns
+
+
+def _skip_fields(app, what, name, obj, skip, options):
+  """Leaves out what `NamedTuple` and defaults say of fields: a class has a docstring."""
+  documentation = getattr(obj, "__doc__", None) or ""
+  return skip or documentation.startswith("Alias for field number") or obj is jnp.bfloat16
 
 
 def _site_links(app, docname, source):
@@ -126,6 +143,7 @@ def _is_ours(x) -> bool:
 def setup(app):
   """Connects the functions above."""
   app.connect("autodoc-process-docstring", _markdown, priority=400)
-  app.connect("autodoc-skip-member", _skip_tuple_fields)
+  app.connect("autodoc-process-signature", _signature)
+  app.connect("autodoc-skip-member", _skip_fields)
   app.connect("source-read", _site_links)
   app.connect("env-check-consistency", _all_names_documented)
