@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,11 +172,7 @@ def test_similarities_on_eight_devices():
   both = jax.value_and_grad(clip_model.contrastive_loss, argnums=(0, 1, 2))
   whole = jax.jit(lambda *args: both(*args))(image, text, 3.0)
   sharded = jax.jit(lambda *args: both(*args, mesh)).lower(image, text, 3.0).compile()
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
-    sharded(image, text, 3.0),
-    whole,
-  )
+  chex.assert_trees_all_close(sharded(image, text, 3.0), whole, rtol=1e-4, atol=1e-6)
   assert "f32[32,32]" not in sharded.as_text() and "f32[4,32]" in sharded.as_text()
 
 

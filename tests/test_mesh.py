@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from conftest import assert_trees_equal
+from conftest import assert_trees_equal, mesh_of, updated
 import h100
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -46,11 +46,6 @@ CUT = {
 }
 
 
-def mesh_of(data: int, model: int = 1, kind=AUTO):
-  devices = jax.devices()[: data * model]
-  return jax.make_mesh((data, model), ("data", "model"), axis_types=(kind,) * 2, devices=devices)
-
-
 def parameters(table):
   rng = np.random.default_rng(0)
   return {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _) in table.items()}
@@ -65,11 +60,6 @@ def gradients(table, step: int):
   return {
     name: (rng.normal(size=shape) * 0.1).astype(jnp.bfloat16) for name, (shape, _) in table.items()
   }
-
-
-def updated(tx, grads, opt_state, params):
-  updates, opt_state = tx.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state
 
 
 def trained(tx, table, mesh, how=lowmem.step, steps=2):

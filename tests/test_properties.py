@@ -7,6 +7,7 @@ import functools
 import math
 import os
 
+import chex
 from conftest import assert_trees_equal
 import flax.serialization
 from hypothesis import HealthCheck, given, settings
@@ -159,10 +160,9 @@ def test_laws(tree, tx, seed, data):
       assert_trees_equal(step(grads, *restored[::-1]), step(grads, opt_state, params))
     # Law 8: apply_updates lands on weights that the residuals belong to.
     updates, state_by_update = update(grads, opt_state, params)
-    for x in jax.tree.leaves(updates):
-      assert x.dtype == jnp.float32
+    chex.assert_type(jax.tree.leaves(updates), jnp.float32)
     check_landed(optax.apply_updates(params, updates), state_by_update)
-    assert jax.tree.structure(state_by_update) == jax.tree.structure(opt_state)
+    chex.assert_trees_all_equal_structs(state_by_update, opt_state)
     params, opt_state = step(grads, opt_state, params)
     check_landed(params, opt_state)
 
@@ -193,6 +193,4 @@ def test_exact_and_untouched_leaves_follow_optax(tree, inner, seed):
     same, same_state = optax.apply_updates(same, third[0]), third[1]
     assert_trees_equal(same, wide)
     masters = lowmem.master_params(params, opt_state)
-    for name in half_of(params):
-      a, b = np.asarray(masters[name]), np.asarray(wide[name])
-      np.testing.assert_allclose(a, b, rtol=3e-7 * (i + 1), atol=2e-8 * (i + 1))
+    chex.assert_trees_all_close(masters, wide, rtol=3e-7 * (i + 1), atol=2e-8 * (i + 1))

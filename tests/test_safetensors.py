@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 
-from conftest import assert_trees_equal
+from conftest import assert_trees_equal, mesh_of
 from flax import nnx
 import hypothesis
 from hypothesis import strategies as st
@@ -85,7 +85,7 @@ def test_import_equals_init(name, tmp_path):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded(kind, tmp_path):
-  mesh = jax.make_mesh((4, 2), ("data", "model"), (kind,) * 2)
+  mesh = mesh_of(4, 2, kind)
   params32 = {"kernel": make_params()["dense"]["kernel"], "bias": jnp.ones(96)}
   specs = {"kernel": P("data", "model"), "bias": P("model")}
   shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
