@@ -1,8 +1,8 @@
-"""adamw, adam, lion and sgd: Optax's, with weights and statistics in few bits.
+"""adamw, adam, lion and sgd: Optax's optimizers, with weights and statistics in few bits.
 
-Each is `delta_bits(quantize_state(optax.X(...)))` with Optax's mathematics, declared
-elementwise. Parameters without a weight format keep Optax's own behaviour, statistics
-included.
+Each is ``delta_bits(quantize_state(optax.X(...)))``, declared elementwise. The
+mathematics is Optax's. Parameters without a weight format keep Optax's own behaviour,
+including their statistics.
 """
 
 from typing import Any
@@ -39,41 +39,56 @@ def adamw(
   update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.adamw` in 5.13 bytes a parameter: weight, residual and both moments.
+  """``optax.adamw`` in 5.13 bytes a parameter: weight, residual and both moments.
+
+  Optax's arguments come first, with Optax's defaults.
 
   Args:
-    learning_rate: a float, a traced array or a schedule.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
-    eps_root: added to the second moment under the root.
-    mu_dtype: Optax's dtype of the first moment, in the place of mu.
+    learning_rate: a float, a traced scalar or a schedule.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the square root of the second moment.
+    eps_root: added to the second moment under the square root.
+    mu_dtype: Optax's dtype for the first moment, instead of ``mu``.
     weight_decay: decoupled weight decay, multiplied by the learning rate.
-    mask: which parameters decay: a tree of bools, or a callable of params.
+    mask: which parameters decay: a tree of bools, or a callable from params to
+      one.
     nesterov: whether to use Nesterov momentum.
-    weights: formats of the weights, as `delta_bits` takes them.
-    mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
-    nu: format of the second moment.
-    key: an integer seed or a `jax.random` key for stochastic rounding.
-    update_dtype: as `delta_bits` takes it.
-    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
-      `pallas_kernels.fused_update` takes it.
+    weights: the formats of the weights, as in :func:`optax_lowmem.delta_bits`.
+    mu: the format of the first moment: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
+      ``"int8"``.
+    nu: the format of the second moment.
+    key: an integer seed or a ``jax.random`` key for stochastic rounding.
+    update_dtype: the dtype of the updates, as in :func:`optax_lowmem.delta_bits`.
+    implementation: None, ``"xla"`` or ``"mosaic_gpu"``, as in
+      :func:`pallas_kernels.fused_update`.
 
   Returns:
-    A transformation; use it with `lowmem.init` and `lowmem.step`.
+    A transformation. Use it with :func:`optax_lowmem.init` and
+    :func:`optax_lowmem.step`.
 
   Raises:
-    ValueError: for an unknown format, or if mu and mu_dtype are both given.
+    ValueError: if a format or the implementation is unknown, or if both ``mu``
+      and ``mu_dtype`` are given.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.adamw(3e-4, weight_decay=0.1)
-    >>> params, opt_state = lowmem.init(tx, params)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> grads = {"w": jnp.ones((4, 32), jnp.bfloat16)}
     >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> print(opt_state.step, params["w"].dtype, opt_state.residuals["w"].dtype)
+    1 bfloat16 int8
 
   References:
-    [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101);
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381);
-    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
+    `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`__
+
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__
+
+    `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`__
   """
   formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}
 
@@ -103,37 +118,49 @@ def adam(
   update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.adam` in 5.13 bytes a parameter: weight, residual and both moments.
+  """``optax.adam`` in 5.13 bytes a parameter: weight, residual and both moments.
 
   Args:
-    learning_rate: a float, a traced array or a schedule.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
-    eps_root: added to the second moment under the root.
-    mu_dtype: Optax's dtype of the first moment, in the place of mu.
+    learning_rate: a float, a traced scalar or a schedule.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the square root of the second moment.
+    eps_root: added to the second moment under the square root.
+    mu_dtype: Optax's dtype for the first moment, instead of ``mu``.
     nesterov: whether to use Nesterov momentum.
-    weights: formats of the weights, as `delta_bits` takes them.
-    mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
-    nu: format of the second moment.
-    key: an integer seed or a `jax.random` key for stochastic rounding.
-    update_dtype: as `delta_bits` takes it.
-    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
-      `pallas_kernels.fused_update` takes it.
+    weights: as in :func:`optax_lowmem.adamw`.
+    mu: as in :func:`optax_lowmem.adamw`.
+    nu: as in :func:`optax_lowmem.adamw`.
+    key: as in :func:`optax_lowmem.adamw`.
+    update_dtype: as in :func:`optax_lowmem.adamw`.
+    implementation: as in :func:`optax_lowmem.adamw`.
 
   Returns:
-    A transformation; use it with `lowmem.init` and `lowmem.step`.
+    A transformation. Use it with :func:`optax_lowmem.init` and
+    :func:`optax_lowmem.step`.
 
   Raises:
-    ValueError: for an unknown format, or if mu and mu_dtype are both given.
+    ValueError: if a format or the implementation is unknown, or if both ``mu``
+      and ``mu_dtype`` are given.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.adam(1e-3, weights="fp16+8", mu="bf16", nu="bf16")
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> grads = {"w": jnp.ones((4, 32), jnp.float16)}
+    >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> print(opt_state.step, params["w"].dtype)
+    1 float16
 
   References:
-    [Adam](https://arxiv.org/abs/1412.6980);
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381);
-    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
+    `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`__
+
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__
+
+    `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`__
   """
   formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}
 
@@ -160,41 +187,53 @@ def lion(
   update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.lion` in 4.07 bytes a parameter: weight, residual and momentum.
+  """``optax.lion`` in 4.07 bytes a parameter: weight, residual and momentum.
 
   Args:
-    learning_rate: a float, a traced array or a schedule.
-    b1: decay of the momentum that the update's sign is taken of.
-    b2: decay of the momentum that is kept.
-    mu_dtype: Optax's dtype of the momentum, in the place of mu.
+    learning_rate: a float, a traced scalar or a schedule.
+    b1: decay rate of the average whose sign is the update.
+    b2: decay rate of the stored momentum.
+    mu_dtype: Optax's dtype for the momentum, instead of ``mu``.
     weight_decay: decoupled weight decay, multiplied by the learning rate.
-    mask: which parameters decay: a tree of bools, or a callable of params.
-    weights: formats of the weights, as `delta_bits` takes them.
-    mu: format of the momentum: "fp32", "bf16", "fp16" or "int8".
-    key: an integer seed or a `jax.random` key for stochastic rounding.
-    update_dtype: as `delta_bits` takes it.
-    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
-      `pallas_kernels.fused_update` takes it.
+    mask: as in :func:`optax_lowmem.adamw`.
+    weights: as in :func:`optax_lowmem.adamw`.
+    mu: the format of the momentum: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
+      ``"int8"``.
+    key: as in :func:`optax_lowmem.adamw`.
+    update_dtype: as in :func:`optax_lowmem.adamw`.
+    implementation: as in :func:`optax_lowmem.adamw`.
 
   Returns:
-    A transformation; use it with `lowmem.init` and `lowmem.step`.
+    A transformation. Use it with :func:`optax_lowmem.init` and
+    :func:`optax_lowmem.step`.
 
   Raises:
-    ValueError: for an unknown format, or if mu and mu_dtype are both given.
+    ValueError: if a format or the implementation is unknown, or if both ``mu``
+      and ``mu_dtype`` are given.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.lion(1e-4)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> grads = {"w": jnp.ones((4, 32), jnp.bfloat16)}
+    >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> print(opt_state.step, params["w"].dtype)
+    1 bfloat16
 
   References:
-    [Symbolic Discovery of Optimization Algorithms](https://arxiv.org/abs/2302.06675);
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381)
+    `Symbolic Discovery of Optimization Algorithms
+    <https://arxiv.org/abs/2302.06675>`__
+
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__
   """
   formats = {"mu": first_format(mu, mu_dtype, "mu")}
 
   def make(mask):
     return optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
 
-  fold = "lion's update is the sign of a sum in which the momentum does not occur as it is kept"
+  fold = "lion's update averages with b1, but the momentum that it stores averages with b2"
   optimizer = Optimizer(make, mask, implementation, fold)
   return _half(optimizer, weights, formats, key, update_dtype)
 
@@ -211,34 +250,45 @@ def sgd(
   update_dtype: Any = jnp.float32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.sgd` in 4.07 bytes a parameter (3 without momentum).
+  """``optax.sgd`` in 4.07 bytes a parameter (3 without momentum).
 
   Args:
-    learning_rate: a float, a traced array or a schedule.
-    momentum: decay of the accumulator; None for none.
+    learning_rate: a float, a traced scalar or a schedule.
+    momentum: decay rate of the accumulator; None keeps no accumulator.
     nesterov: whether to use Nesterov momentum.
-    accumulator_dtype: Optax's dtype of the accumulator, in the place of accumulator.
-    weights: formats of the weights, as `delta_bits` takes them.
-    accumulator: format of the accumulator: "fp32", "bf16", "fp16" or "int8".
-    key: an integer seed or a `jax.random` key for stochastic rounding.
-    update_dtype: as `delta_bits` takes it.
-    implementation: of `lowmem.step`: None, "xla" or "mosaic_gpu", as
-      `pallas_kernels.fused_update` takes it.
+    accumulator_dtype: Optax's dtype for the accumulator, instead of
+      ``accumulator``.
+    weights: as in :func:`optax_lowmem.adamw`.
+    accumulator: the format of the accumulator: ``"fp32"``, ``"bf16"``, ``"fp16"``
+      or ``"int8"``.
+    key: as in :func:`optax_lowmem.adamw`.
+    update_dtype: as in :func:`optax_lowmem.adamw`.
+    implementation: as in :func:`optax_lowmem.adamw`.
 
   Returns:
-    A transformation; use it with `lowmem.init` and `lowmem.step`.
+    A transformation. Use it with :func:`optax_lowmem.init` and
+    :func:`optax_lowmem.step`.
 
   Raises:
-    ValueError: for an unknown format, or if accumulator and accumulator_dtype
-      are both given.
+    ValueError: if a format or the implementation is unknown, or if both ``accumulator``
+      and ``accumulator_dtype`` are given.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.sgd(0.1, momentum=0.9)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> grads = {"w": jnp.ones((4, 32), jnp.bfloat16)}
+    >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> print(opt_state.step, params["w"].dtype)
+    1 bfloat16
 
   References:
-    [On the importance of initialization and momentum in deep
-    learning](http://proceedings.mlr.press/v28/sutskever13.pdf);
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381)
+    `On the importance of initialization and momentum in deep learning
+    <http://proceedings.mlr.press/v28/sutskever13.pdf>`__
+
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__
   """
   formats = {"trace": first_format(accumulator, accumulator_dtype, "accumulator")}
 
@@ -251,7 +301,7 @@ def sgd(
 
 
 def _half(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
-  """`delta_bits(quantize_state(optimizer))`; formats are the statistics', by field."""
+  """``delta_bits(quantize_state(optimizer))``; formats are the statistics', by field."""
   implementations.check_name(optimizer.implementation)
   inner = quantize(
     optimizer.make(optimizer.mask), formats, "bf16", key, only_held=True, starts_at_zero=True
@@ -260,11 +310,11 @@ def _half(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
 
 
 def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:
-  """What a micro-batch adds to Adam's moments, which decay only when the last one comes (AdamA)."""
+  """How a micro-batch enters Adam's moments, which decay only at the last one (AdamA)."""
   if nesterov:
-    return "with nesterov=True the update needs the whole gradient besides the moments"
+    return "with nesterov=True, the update also needs the gradient of the whole batch"
   if any(not isinstance(b, jax.core.Tracer) and b == 0 for b in (b1, b2)):
-    return "a moment with b1=0 or b2=0 keeps nothing of earlier micro-batches"
+    return "with b1=0 or b2=0, a moment keeps nothing of earlier micro-batches"
 
   def fold(field: str, x, g):
     return x + (1 - b1) / b1 * g if field == "mu" else x + (1 - b2) / b2 * (g * g)
@@ -273,8 +323,8 @@ def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:
 
 
 def _sgd_fold(momentum, nesterov: bool) -> Fold | str:
-  """What a micro-batch adds to SGD's accumulator, which decays when the last one comes."""
+  """How a micro-batch enters SGD's accumulator, which decays only at the last one."""
   is_zero = momentum is not None and not isinstance(momentum, jax.core.Tracer) and momentum == 0
   if momentum is None or nesterov or is_zero:
-    return "the update of SGD needs the whole gradient, except with momentum and nesterov=False"
+    return "SGD needs the gradient of the whole batch, except with momentum and nesterov=False"
   return lambda field, x, g: x + g / momentum
