@@ -1,4 +1,4 @@
-"""delta_bits: half-precision weights whose float32 master is kept in residual bits."""
+"""delta_bits: half-precision weights, with the rest of their float32 masters in residual bits."""
 
 from collections.abc import Callable
 import functools
@@ -33,51 +33,64 @@ def delta_bits(
   update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
   elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps weights in half precision, and what a float32 master adds in a few bits.
+  """Stores float32 master weights as half-precision weights and a few residual bits.
 
-  Wraps any transformation, which then sees the float32 master weights and
-  float32 gradients; or, without one, stands last in a chain:
-  `optax.chain(optax.adamw(lr), lowmem.delta_bits())`. The updates are such that
-  `optax.apply_updates` gives exactly the weights that the new residuals belong
-  to (up to the sign of zero). Where no float32 update can do that (a weight
-  that crosses zero to a far smaller one, or leaves infinity), the residual
-  follows the weight that is reached; `lowmem.step` has no such limit.
+  The wrapped transformation sees float32 master weights and float32 gradients.
+  Without one, ``delta_bits`` stands last in a chain:
+  ``optax.chain(optax.adamw(lr), lowmem.delta_bits())``.
+
+  After ``optax.apply_updates``, the parameters are exactly the weights that the
+  new residuals belong to (up to the sign of zero). No float32 update can do that
+  if the weight crosses zero to a far smaller one, or if it leaves infinity. The
+  residual then belongs to the weight that the update does reach.
+  :func:`optax_lowmem.step` does not have this limit.
 
   Leaves that are not half precision pass through with inner's own behaviour.
 
   Args:
-    inner: the transformation to wrap; `optax.identity()` by default.
-    weights: a format such as "bf16+8", "fp16+8", "bf16+0" or "fp32" (leave
-      alone), a pytree prefix of formats, or a callable `(path, leaf) -> format`
-      with path as in `jax.tree_util.tree_map_with_path`.
-    key: an integer seed or a `jax.random` key for stochastic rounding.
-    update_dtype: float32, or "gradient" for wrappers that demand updates in
-      the gradient's dtype (`optax.apply_if_finite` on bfloat16 gradients). Then
-      the master value is clamped to the cell of the weight that such a coarse
-      update reaches, an error of at most 2**-8 of the update.
-    elementwise: declares that each element's update depends on that element
-      (and counters) alone, and not on masks; `lowmem.fused_backward` needs it.
+    inner: the transformation to wrap; by default ``optax.identity()``.
+    weights: a format (``"bf16+8"``, ``"fp16+8"``, ``"bf16+0"``, ...; ``"fp32"``
+      leaves weights alone), a pytree prefix of formats, or a callable
+      ``(path, leaf) -> format``, with path as in
+      ``jax.tree_util.tree_map_with_path``.
+    key: an integer seed or a ``jax.random`` key for stochastic rounding.
+    update_dtype: float32, or ``"gradient"`` for wrappers that demand updates in
+      the gradient's dtype (``optax.apply_if_finite`` on bfloat16 gradients). With
+      ``"gradient"``, the master is clamped to the cell of the weight that the
+      coarse update reaches; the error is at most 2**-8 of the update.
+    elementwise: declares that the update of an element depends only on that
+      element and on counters, and not on masks. :func:`optax_lowmem.step` then
+      runs the programs of :func:`optax_lowmem.adamw`, and
+      :func:`optax_lowmem.fused_backward` accepts the transformation.
 
   Returns:
-    A transformation with a `DeltaBitsState`.
+    A transformation with a :class:`optax_lowmem.DeltaBitsState`.
 
   Raises:
-    ValueError: for an unknown format, missing params, gradients or residuals
-      that do not belong to the parameters, or a hyperparameter of `inner` that
-      is traced in half precision (pass `hyperparam_dtype=jnp.float32` to
-      `optax.inject_hyperparams`). The leaf is named.
-    TypeError: for a half-precision leaf of another dtype than its format's.
+    ValueError: if a format is unknown, if params are missing, if gradients or
+      residuals do not match the parameters, or if a hyperparameter of ``inner``
+      is traced in half precision (pass ``hyperparam_dtype=jnp.float32`` to
+      ``optax.inject_hyperparams``). The message names the leaf.
+    TypeError: if a half-precision leaf does not have its format's dtype. The
+      message names the leaf.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.delta_bits(optax.adamw(1e-3), "bf16+8")
-    >>> params, opt_state = lowmem.init(tx, params)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> grads = {"w": jnp.ones((4, 32), jnp.bfloat16)}
     >>> updates, opt_state = tx.update(grads, opt_state, params)
     >>> params = optax.apply_updates(params, updates)
+    >>> print(updates["w"].dtype, params["w"].dtype)
+    float32 bfloat16
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1; [Mixed Precision Training](https://arxiv.org/abs/1710.03740),
-    section 3.1
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
+
+    `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`__, section 3.1
   """
   inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
   optimizer = None
@@ -97,15 +110,15 @@ def delta_bits_of(
   update_dtype,
   optimizer: Optimizer | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`delta_bits` around inner, whose update and step an optimizer makes leaf by leaf.
+  """``delta_bits`` around inner, which an elementwise optimizer can step leaf by leaf.
 
   Args:
     inner: the transformation to wrap.
-    weights: as `delta_bits` takes it.
-    key: likewise.
-    update_dtype: likewise.
-    optimizer: the elementwise optimizer that inner is, its statistics perhaps
-      quantized; None if it is not elementwise.
+    weights: as in ``delta_bits``.
+    key: as in ``delta_bits``.
+    update_dtype: as in ``delta_bits``.
+    optimizer: inner as an elementwise optimizer, perhaps with quantized
+      statistics; None if inner is not elementwise.
 
   Returns:
     The transformation.
@@ -115,7 +128,7 @@ def delta_bits_of(
   if not callable(weights):
     weights = jax.tree.map(DeltaFormat.parse, weights)
   starts_at_zero = getattr(inner.init, "starts_at_zero", False)
-  # The updates of a declared optimizer have Optax's own bits.
+  # A declared optimizer's updates keep Optax's own bits.
   is_ours = optimizer is not None and not optimizer.is_declared
   updater = optimizer if is_ours and update_dtype != "gradient" else None
 
@@ -140,13 +153,13 @@ def delta_bits_of(
     return new
 
   if optimizer is not None:
-    update_fn.optimizer = optimizer  # type: ignore[attr-defined] # gradient release asks for it
+    update_fn.optimizer = optimizer  # type: ignore[attr-defined] # gradient release reads it
   return nnx_variables.transformation(init_fn, update_fn)
 
 
 def _init(inner, weights, key, starts_at_zero: bool, params) -> DeltaBitsState:
-  """The state; with a session open, the weights of float32 leaves go there."""
-  seed = jnp.array(key_words(key), copy=True)  # the state is donated, the caller's key is not
+  """The initial state; an open session receives the weights of float32 leaves."""
+  seed = jnp.array(key_words(key), copy=True)  # the state may be donated; the caller's key is not
   session = sessions.current(sessions.InitSession)
   formats = _formats_for(weights, params, converting=session is not None)
   streams = leaf_streams(seed, 0, formats.by_name)
@@ -163,12 +176,12 @@ def _init(inner, weights, key, starts_at_zero: bool, params) -> DeltaBitsState:
       masters[name] = arithmetic.widen(leaf)
   for fmt, leaves in whole.items():
     pairs = [(leaf, streams[name]) for name, leaf in leaves.items()]
-    # All in one program, unless the caller takes the program apart.
+    # In one program, unless the caller slices the program by leaf.
     runs = [[pair] for pair in pairs] if sessions.is_leaf_by_leaf() else [pairs]
     parts = [x for run in runs for x in split_leaves(*_columns(run, fmt), not starts_at_zero)]
     for name, (low, residuals[name], master) in zip(leaves, parts, strict=True):
       session.convert(name, low)
-      # A state of zeros is one whatever the weights are.
+      # The state is zeros whatever the weights are.
       masters[name] = leaves[name] if starts_at_zero else master
   if session is not None:
     session.found_ours = True
@@ -185,7 +198,7 @@ def _init(inner, weights, key, starts_at_zero: bool, params) -> DeltaBitsState:
 
 
 def _composed(inner, update_dtype, session, updates, state, params, extra_args):
-  """One update of inner over the master weights, then of each weight: (updates, state)."""
+  """Updates inner on the master weights, then moves each weight: (updates, state)."""
   formats = state.formats
   weights_by_name = pytrees.named_leaves(params)
   residuals = check_residuals(state.residuals, weights_by_name, formats)
@@ -232,13 +245,13 @@ def _composed(inner, update_dtype, session, updates, state, params, extra_args):
   return new_updates, new_state
 
 
-# Under jit, so that leaves of one shape and format are traced once.
+# jit traces leaves of one shape and format once.
 _apply = jax.jit(apply_update_stream, static_argnums=3)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _land(low, new_low, residual, fmt: DeltaFormat, dtype):
-  """The update that takes low to new_low, and the residual of where it lands."""
+  """The update from low to new_low, and the residual of the weight that it reaches."""
 
   def land(low, new_low, residual):
     delta = packing.unpack(residual, low.shape, fmt)
@@ -249,7 +262,7 @@ def _land(low, new_low, residual, fmt: DeltaFormat, dtype):
 
 
 def _columns(pairs, fmt):
-  """(leaf, words) pairs as the first arguments of `split_leaves`."""
+  """(leaf, words) pairs as the first arguments of ``split_leaves``."""
   leaves, words = zip(*pairs, strict=True)
   return list(leaves), fmt, list(words)
 
@@ -258,11 +271,11 @@ def _check_update_dtype(update_dtype):
   if update_dtype == "gradient":
     return
   if isinstance(update_dtype, str) or jnp.dtype(update_dtype) != jnp.float32:
-    raise ValueError(f'update_dtype is jnp.float32 or "gradient"; got {update_dtype!r}.')
+    raise ValueError(f'update_dtype must be jnp.float32 or "gradient"; got {update_dtype!r}.')
 
 
 def _formats_for(weights, params, *, converting: bool) -> Formats:
-  """The format of each leaf that will have one; checks each leaf's dtype against it."""
+  """The formats of the leaves that get one; checks each leaf's dtype."""
   find = weights if callable(weights) else _prefix_lookup(weights, params)
   table = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -280,7 +293,7 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
 
 
 def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
-  """Looks a leaf's format up in a pytree prefix of the parameters."""
+  """A function that looks up a leaf's format in a pytree prefix of the parameters."""
   prefix = dict(jax.tree_util.tree_leaves_with_path(weights))
 
   def entry(path) -> tuple | None:
@@ -292,7 +305,7 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
       raise ValueError(f"weights= has no format for params{pytrees.name_of(path)}.")
     return prefix[found]
 
-  # An entry for a leaf, for an empty node (None, MaskedNode), or below one.
+  # An entry may be for a leaf, for an empty node (None, MaskedNode), or for anything below one.
   nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
   used = {entry(path) for path, _ in nodes}
   empty = {path for path, node in nodes if not jax.tree.leaves(node)}
@@ -306,7 +319,7 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
 
 
 def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:
-  """The residual of a half-precision leaf, sharded like it."""
+  """A residual of zeros for a half-precision leaf, sharded like the leaf."""
 
   def zeros(leaf):
     return packing.pack(sharded.like(jnp.zeros(leaf.shape, jnp.int32), leaf), fmt)
@@ -315,10 +328,10 @@ def _zeros(leaf, fmt: DeltaFormat) -> jax.Array:
 
 
 def _refuse_half_hyperparameters(inner: optax.GradientTransformation):
-  """Raises if `inner` closes over a traced half-precision scalar.
+  """Raises if inner closes over a traced half-precision scalar.
 
-  `optax.inject_hyperparams` casts hyperparameters to the parameters' dtype,
-  and b2 = 0.999 is 1.0 in bfloat16.
+  ``optax.inject_hyperparams`` casts hyperparameters to the parameters' dtype, and
+  bfloat16 rounds b2 = 0.999 to 1.
   """
   seen: set[int] = set()
   pending: list[Any] = [inner.init, inner.update]
@@ -330,7 +343,7 @@ def _refuse_half_hyperparameters(inner: optax.GradientTransformation):
     if isinstance(x, jax.core.Tracer):
       if jnp.ndim(x) == 0 and pytrees.is_half(x):
         raise ValueError(
-          f"A hyperparameter arrives as a traced {x.dtype} value, in which b2 = 0.999 is 1."
+          f"A hyperparameter arrives as a traced {x.dtype} value, which rounds b2 = 0.999 to 1."
           " Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
         )
     elif isinstance(x, functools.partial):
@@ -343,5 +356,5 @@ def _refuse_half_hyperparameters(inner: optax.GradientTransformation):
       for cell in getattr(x, "__closure__", None) or ():
         try:
           pending.append(cell.cell_contents)
-        except ValueError:  # a variable that is not assigned yet
+        except ValueError:  # an empty cell
           pass
