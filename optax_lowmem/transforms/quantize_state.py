@@ -1,4 +1,4 @@
-"""quantize_state: any transformation's statistics in 16 or 8 bits between steps."""
+"""quantize_state: stores the statistics of any transformation in 16 or 8 bits."""
 
 from collections.abc import Collection, Mapping
 import functools
@@ -21,13 +21,13 @@ from pallas_kernels.formats.state_formats import StateFormat
 from pallas_kernels.placement import sharded
 from pallas_kernels.placement.by_device import by_device
 
-# Fields of Optax's states that average squares: not negative, stored as second moments.
+# Fields of Optax's states that average squares. They are stored as second moments.
 SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
 DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
 
 
 class _Default(str):
-  """A default that can be told from the same string given by a caller."""
+  """A default that differs from an equal string that the caller passes."""
 
 
 DEFAULT: Any = _Default("int8")
@@ -43,33 +43,45 @@ def quantize_state(
 ) -> optax.GradientTransformationExtraArgs:
   """Stores the statistics of any Optax transformation in 16 or 8 bits between steps.
 
-  A statistic is an array of inner's state that stands at a parameter's place,
-  with its shape, in a field such as `mu`, `nu` or `trace`. inner sees
-  statistics, gradients and parameters in float32 and returns float32 updates.
-  What is no real half-precision or float32 array stays as inner made it.
+  A statistic is an array in inner's state that has the path and the shape of a
+  parameter, in a field like ``mu``, ``nu`` or ``trace``. inner sees its statistics
+  in float32. It sees half-precision gradients and parameters in float32, too, and
+  returns float32 updates. Statistics that inner does not make in float32 stay as
+  inner makes them.
 
   Args:
     inner: the transformation to wrap.
-    formats: "fp32", "bf16", "fp16" or "int8" by field name of inner's state;
-      `{"mu": "int8", "nu": "int8"}` by default.
+    formats: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"`` for each named field
+      of inner's state; by default ``{"mu": "int8", "nu": "int8"}``.
     default: the format of every other field.
-    key: an integer seed or a `jax.random` key for stochastic rounding.
-    elementwise: declares that each element's update depends on that element
-      (and counters) alone; see `delta_bits`.
+    key: an integer seed or a ``jax.random`` key for stochastic rounding.
+    elementwise: declares that the update of an element depends only on that
+      element and on counters; see :func:`optax_lowmem.delta_bits`.
 
   Returns:
-    A transformation with a `QuantizedState`.
+    A transformation with a :class:`optax_lowmem.QuantizedState`.
 
   Raises:
-    ValueError: for an unknown format, or a field that inner's state lacks.
+    ValueError: if a format is unknown, or if inner's state has no statistics in
+      a field that ``formats`` names.
 
   Examples:
-    >>> tx = lowmem.quantize_state(optax.adabelief(1e-3))
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_lowmem as lowmem
     >>> tx = lowmem.quantize_state(optax.sgd(0.1, momentum=0.9), {"trace": "int8"})
+    >>> opt_state = tx.init({"w": jnp.ones((4, 32))})
+    >>> trace = opt_state.inner_state[0].trace["w"]
+    >>> print(trace.codes.dtype, trace.scale.dtype, trace.scale.shape)
+    int8 bfloat16 (4, 1)
 
   References:
-    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861);
-    [CLIP](https://arxiv.org/abs/2103.00020), section 2.5 (half-precision Adam statistics)
+    `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`__
+
+    `Learning Transferable Visual Models From Natural Language Supervision
+    <https://arxiv.org/abs/2103.00020>`__ (CLIP), section 2.5: Adam statistics in
+    half precision
   """
   by_field = dict(DEFAULT_FORMATS if formats is None else formats)
   return quantize(inner, by_field, default, key, required=formats or (), elementwise=elementwise)
@@ -87,44 +99,55 @@ def scale_by_adam(
   nu: state_formats.Name = "int8",
   key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam` with its statistics in 16 or 8 bits, for chains of one's own.
+  """``optax.scale_by_adam`` with moments in 16 or 8 bits, as a member of a chain.
 
   Args:
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
-    eps_root: added to the second moment under the root.
-    mu_dtype: Optax's dtype of the first moment, in the place of mu.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the square root of the second moment.
+    eps_root: added to the second moment under the square root.
+    mu_dtype: Optax's dtype for the first moment, instead of ``mu``.
     nesterov: whether to use Nesterov momentum.
-    mu: format of the first moment: "fp32", "bf16", "fp16" or "int8".
-    nu: format of the second moment.
-    key: an integer seed or a `jax.random` key for stochastic rounding.
+    mu: the format of the first moment: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
+      ``"int8"``.
+    nu: the format of the second moment.
+    key: an integer seed or a ``jax.random`` key for stochastic rounding.
 
   Returns:
-    A transformation with a `QuantizedState`.
+    A transformation with a :class:`optax_lowmem.QuantizedState`.
 
   Raises:
-    ValueError: for an unknown format, or if mu and mu_dtype are both given.
+    ValueError: if a format is unknown, or if both ``mu`` and ``mu_dtype`` are
+      given.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import optax_lowmem as lowmem
     >>> tx = optax.chain(lowmem.scale_by_adam(), optax.scale(-1e-3), lowmem.delta_bits())
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> moments = opt_state[0].inner_state
+    >>> print(moments.mu["w"].codes.dtype, moments.nu["w"].codes.dtype)
+    int8 uint8
 
   References:
-    [Adam](https://arxiv.org/abs/1412.6980);
-    [8-bit Optimizers via Block-wise Quantization](https://arxiv.org/abs/2110.02861)
+    `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`__
+
+    `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`__
   """
   inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
   return quantize(inner, {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}, "bf16", key)
 
 
 def first_format(name, dtype, argument: str) -> str | None:
-  """The format of a first moment; None where Optax's dtype argument decides."""
+  """The format of a first moment; None if Optax's dtype argument is given."""
   if dtype is None:
     return name
   if not isinstance(name, _Default):
     raise ValueError(
-      f"{argument}={name!r} and {argument}_dtype={dtype!r} both say how {argument} is stored;"
-      " give one of them."
+      f"{argument}={name!r} and {argument}_dtype={dtype!r} both set how {argument} is stored;"
+      " pass only one of them."
     )
   return None
 
@@ -140,18 +163,19 @@ def quantize(
   elementwise: bool = False,
   starts_at_zero: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """`quantize_state`, field formats checked one by one.
+  """``quantize_state`` for our own transformations, too.
 
   Args:
     inner: the transformation to wrap.
-    by_field: formats; None leaves a field as inner made it.
+    by_field: formats by field; None leaves a field as inner makes it.
     default: the format of other fields.
-    key: as `quantize_state`'s.
-    required: fields that have to be there.
-    only_held: leave alone what belongs to a parameter without a weight format
-      (inside `delta_bits`).
-    elementwise: as `quantize_state`'s.
-    starts_at_zero: whether each statistic does, whatever the parameters are.
+    key: as in ``quantize_state``.
+    required: fields in which inner's state must have statistics.
+    only_held: whether to leave the statistics of parameters without a weight
+      format alone (inside ``delta_bits``).
+    elementwise: as in ``quantize_state``.
+    starts_at_zero: whether every statistic starts at zero, whatever the
+      parameters are.
 
   Returns:
     The transformation.
@@ -171,7 +195,7 @@ def quantize(
     if starts_at_zero:
       inner_state = _zeros_of(inner_state, table, pytrees.named_leaves(params), words)
       return QuantizedState(table.marked(params), jnp.zeros([], jnp.int32), words, inner_state)
-    # Under jit XLA would fold the storing of constants, zeros mostly, for minutes.
+    # Otherwise XLA would fold the quantization of constants, mostly zeros, for minutes.
     if table.table:
       inner_state = jax.tree.map(jax.lax.optimization_barrier, inner_state)
     return QuantizedState(
@@ -192,21 +216,21 @@ def quantize(
       return update_of_inner(wide, _load(stored, table), wide_params, **extra_args)
 
     updates, after = inner_update(state.inner_state)
-    # Where there are scales, the statistics are computed again for the codes.
+    # With scales, the codes need a second pass, which computes the statistics again.
     if scales := _block_scales(after, table):
       updates, after = inner_update(_read_again(state.inner_state, scales))
     step = state.step + was_taken(state.inner_state, after)
     stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(table, step, state.key, stored)
 
-  if elementwise:  # gradient release and delta_bits ask for it
+  if elementwise:  # gradient release and delta_bits read it
     update_fn.optimizer = Optimizer.declared(inner)  # type: ignore[attr-defined]
   init_fn.starts_at_zero = starts_at_zero  # type: ignore[attr-defined] # then delta_bits merges nothing
   return nnx_variables.transformation(init_fn, update_fn)
 
 
 def _zeros_of(inner_state, table: Formats, parameters, words):
-  """A state whose statistics are zeros as they are stored, sharded like their parameters."""
+  """The state with stored zeros as its statistics, sharded like their parameters."""
   traced, formats = {}, {}
 
   def zeros(name, x):
@@ -219,7 +243,7 @@ def _zeros_of(inner_state, table: Formats, parameters, words):
       traced[name], formats[name] = x, fmt
       return x
     if len(x.sharding.device_set) == 1:
-      # From the host: nothing to compile for each shape.
+      # From the host, so no shape needs a compilation.
       struct = state_formats.stored_struct(x.shape, fmt)
       return jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), x.sharding), struct)
     return _quantize(x, fmt, known.number, words, _block_scale(x, fmt) if fmt.has_scale else None)
@@ -235,7 +259,7 @@ def _zeros_of(inner_state, table: Formats, parameters, words):
 
 
 def _traced_zeros(traced: dict[str, jax.Array], formats: dict[str, StateFormat]) -> dict[str, Any]:
-  """What is stored of zeros, by name, in one program."""
+  """Stored zeros by name, made in one program."""
   struct = {name: state_formats.stored_struct(x.shape, formats[name]) for name, x in traced.items()}
 
   def each(xs):
@@ -253,7 +277,7 @@ def _widen(x):
 
 
 def _find_statistics(inner_state, params, by_field, default, required, only_held) -> Formats:
-  """Each statistic in inner's state, by its name there."""
+  """The statistics in inner's state, by their names there."""
   weights = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
   held = sessions.held_names() if only_held else None
   table: list[tuple[str, Statistic]] = []
@@ -277,28 +301,28 @@ def _find_statistics(inner_state, params, by_field, default, required, only_held
   missing = set(required) - fields
   if missing and weights:
     raise ValueError(
-      f"formats= names {sorted(missing)}, which the state has no statistics in; its fields with"
-      f" statistics in float32 are {sorted(fields)}."
+      f"formats= names {sorted(missing)}, but the state has no float32 statistics there; it has"
+      f" them in {sorted(fields)}."
     )
   return Formats(tuple(table))
 
 
 def _signed_squares(inner_state) -> set[tuple]:
-  """Where a state stands whose `nu` is a momentum, with signs: SM3's."""
+  """The paths of SM3's states, whose ``nu`` is a momentum and can be negative."""
   is_sm3 = lambda x: isinstance(x, optax.ScaleBySM3State)
   nodes = jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=is_sm3)
   return {path for path, node in nodes if is_sm3(node)}
 
 
 def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
-  """The scales of the statistics that have any, by name."""
+  """The block scales by name, of statistics whose format has scales."""
   named = pytrees.named_leaves(inner_state)
   formats = {name: x.format for name, x in table.table if x.format.has_scale}
   return {name: _block_scale(named[name], fmt) for name, fmt in formats.items()}
 
 
 def _store(inner_state, table: Formats, words, step, scales):
-  """Inner's state with its statistics as they are stored."""
+  """Inner's state with its statistics in their formats."""
   streams = leaf_streams(words, step, {x.parameter for _, x in table.table})
 
   def store(name, x):
@@ -312,7 +336,7 @@ def _store(inner_state, table: Formats, words, step, scales):
 
 
 def _load(inner_state, table: Formats):
-  """The inverse of `_store`."""
+  """The inverse of ``_store``."""
 
   def load(name, x):
     known = table.get(name)
@@ -322,7 +346,7 @@ def _load(inner_state, table: Formats):
 
 
 def _read_again(inner_state, scales):
-  """The stored state, for a second pass."""
+  """The stored state for a second pass; see ``state_formats.read_again``."""
 
   def again(name, x):
     if name not in scales:
@@ -340,7 +364,7 @@ def _map_stored(f, inner_state):
   )
 
 
-# Under jit, so that leaves of one shape and format are traced once.
+# jit traces leaves of one shape and format once.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(x, fmt: StateFormat, index: int, stream, scale):
   def quantize(x, stream, scale):
