@@ -1,4 +1,4 @@
-"""Loss scaling: gradients of a scaled loss, unscaled in float32, bad steps skipped."""
+"""Loss scaling: unscales the gradients of a scaled loss and skips steps that overflowed."""
 
 import contextlib
 import math
@@ -26,34 +26,45 @@ def dynamic_loss_scale(
 ) -> optax.GradientTransformationExtraArgs:
   """Unscales gradients, skips steps that overflowed, and adapts the scale.
 
-  Multiply the loss with `lowmem.scale_loss(loss, opt_state)` before it is
-  differentiated. The gradients are unscaled in float32 before `inner` sees
-  them, so clipping belongs inside. If one is not finite, parameters and
-  inner's state stay bit for bit (the updates are -0.0), and the scale shrinks.
+  Differentiate the scaled loss, :func:`optax_lowmem.scale_loss`. The
+  transformation unscales the gradients in float32 before ``inner`` sees them, so
+  clipping belongs inside. If a gradient is not finite, the parameters and inner's
+  state stay the same bit for bit (the updates are -0.0), and the scale shrinks.
 
   Args:
-    inner: the transformation that gets the unscaled gradients.
-    init_scale: the first scale. 2**15 times a loss of 1 is finite in float16.
-    growth_interval: finite steps in a row after which the scale grows.
-    growth_factor: by which it grows, above 1.
-    backoff_factor: by which it shrinks at an overflow, between 0 and 1.
-    min_scale: the scale shrinks no further.
-    max_scale: the scale grows no further.
+    inner: the transformation that receives the unscaled gradients.
+    init_scale: the initial scale. 2**15 times a loss of 1 is finite in float16.
+    growth_interval: the number of consecutive finite steps after which the scale
+      grows.
+    growth_factor: the scale grows by this factor, above 1.
+    backoff_factor: the scale shrinks by this factor at an overflow, between 0 and
+      1.
+    min_scale: the smallest scale.
+    max_scale: the largest scale.
 
   Returns:
-    A transformation with a `LossScaleState`.
+    A transformation with a :class:`optax_lowmem.LossScaleState`.
 
   Raises:
-    ValueError: for a scale that is not positive and finite, or factors or an
-      interval that cannot work.
+    ValueError: if a scale is not positive and finite, or if init_scale, a factor
+      or the interval is out of range.
+    TypeError: if a scale is not a number.
 
   Examples:
-    >>> tx = lowmem.dynamic_loss_scale(lowmem.delta_bits(optax.adamw(1e-3), "fp16+8"))
-    >>> grads = jax.grad(lambda p: lowmem.scale_loss(loss_fn(p), opt_state))(params)
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.dynamic_loss_scale(lowmem.adamw(1e-3, weights="fp16+8"))
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> def loss_fn(params, opt_state):
+    ...   return lowmem.scale_loss(params["w"].mean(), opt_state)
+    >>> grads = jax.grad(loss_fn)(params, opt_state)
     >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> print(grads["w"][0, 0], opt_state.scale, opt_state.skipped)
+    256.0 32768.0 0
 
   References:
-    [Mixed Precision Training](https://arxiv.org/abs/1710.03740), section 3.2
+    `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`__, section 3.2
   """
   for name, scale in (
     ("init_scale", init_scale),
@@ -63,15 +74,15 @@ def dynamic_loss_scale(
     _check_scale(name, scale)
   if not min_scale <= init_scale <= max_scale:
     raise ValueError(
-      f"init_scale lies between min_scale and max_scale; got {min_scale}, {init_scale},"
+      f"init_scale must lie between min_scale and max_scale; got {min_scale}, {init_scale},"
       f" {max_scale}."
     )
   if growth_interval < 1:
-    raise ValueError(f"growth_interval is at least 1; got {growth_interval}.")
+    raise ValueError(f"growth_interval must be at least 1; got {growth_interval}.")
   if not growth_factor > 1.0:
-    raise ValueError(f"growth_factor is above 1; got {growth_factor}.")
+    raise ValueError(f"growth_factor must be above 1; got {growth_factor}.")
   if not 0.0 < backoff_factor < 1.0:
-    raise ValueError(f"backoff_factor lies between 0 and 1; got {backoff_factor}.")
+    raise ValueError(f"backoff_factor must lie between 0 and 1; got {backoff_factor}.")
 
   def next_scale(state: LossScaleState, finite):
     count = jnp.where(finite, state.growth_count + 1, 0)
@@ -87,25 +98,34 @@ def dynamic_loss_scale(
 def static_loss_scale(
   inner: optax.GradientTransformation, scale: float
 ) -> optax.GradientTransformationExtraArgs:
-  """Like `dynamic_loss_scale` with a scale that never changes.
+  """Unscales gradients by a constant scale, and skips steps that overflowed.
 
-  Steps with a gradient that is not finite are skipped and counted.
+  Like :func:`optax_lowmem.dynamic_loss_scale`, except that the scale never changes.
+  The state counts the skipped steps.
 
   Args:
-    inner: the transformation that gets the unscaled gradients.
-    scale: what the loss is multiplied by.
+    inner: the transformation that receives the unscaled gradients.
+    scale: the factor of the loss.
 
   Returns:
-    A transformation with a `LossScaleState`.
+    A transformation with a :class:`optax_lowmem.LossScaleState`.
 
   Raises:
-    ValueError: for a scale that is not positive and finite.
+    ValueError: if the scale is not positive and finite.
+    TypeError: if the scale is not a number.
 
   Examples:
-    >>> tx = lowmem.static_loss_scale(lowmem.delta_bits(optax.sgd(0.1), "fp16+8"), 128.0)
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.static_loss_scale(lowmem.sgd(0.1, weights="fp16+8"), 128.0)
+    >>> params, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> grads = {"w": jnp.full((4, 32), 128.0, jnp.float16)}  # of the scaled loss
+    >>> params, opt_state = lowmem.step(tx, grads, opt_state, params)
+    >>> print(opt_state.scale, params["w"][0, 0])
+    128.0 0.9
 
   References:
-    [Mixed Precision Training](https://arxiv.org/abs/1710.03740), section 3.2
+    `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`__, section 3.2
   """
   _check_scale("scale", scale)
   return _loss_scaled(
@@ -114,53 +134,62 @@ def static_loss_scale(
 
 
 def with_loss_scale(tx, loss_scale: Literal["dynamic"] | float | None):
-  """The transformation under the loss scale that a train state was asked for."""
+  """Wraps tx in the loss scale that the ``loss_scale=`` of a train state asks for."""
   if loss_scale is None:
     return tx
   if isinstance(loss_scale, str):
     if loss_scale != "dynamic":
-      raise ValueError(f'loss_scale is None, "dynamic" or a number; got {loss_scale!r}.')
+      raise ValueError(f'loss_scale must be None, "dynamic" or a number; got {loss_scale!r}.')
     return dynamic_loss_scale(tx)
   return static_loss_scale(tx, loss_scale)
 
 
 def loss_scale(opt_state) -> jax.Array:
-  """The loss scale that an optimizer state holds.
+  """Returns the loss scale of an optimizer state.
 
   Args:
     opt_state: any Optax state.
 
   Returns:
-    float32 scalar; 1.0 where there is no loss scale.
+    float32 scalar; 1.0 if the state has no loss scale.
 
   Raises:
-    ValueError: if it holds more than one.
+    ValueError: if the state has more than one loss scale.
 
   Examples:
-    >>> lowmem.loss_scale(opt_state)
-    Array(32768., dtype=float32)
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.dynamic_loss_scale(lowmem.adamw(1e-3))
+    >>> _, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> print(lowmem.loss_scale(opt_state))
+    32768.0
   """
   scales = [nnx_variables.pure(s.scale) for s in pytrees.find_states(opt_state, LossScaleState)]
   if len(scales) > 1:
-    raise ValueError(f"opt_state holds {len(scales)} loss scales; the loss can be scaled by one.")
+    raise ValueError(f"opt_state holds {len(scales)} loss scales; a loss takes only one.")
   return scales[0] if scales else jnp.ones([], jnp.float32)
 
 
 def scale_loss(loss: jax.typing.ArrayLike, opt_state) -> jax.Array:
-  """The loss, in float32, multiplied by the loss scale of an optimizer state.
+  """Multiplies a loss by the loss scale of an optimizer state, in float32.
 
   Args:
     loss: a scalar of any float dtype.
-    opt_state: any Optax state; without a loss scale the factor is 1.
+    opt_state: any Optax state; without a loss scale, the factor is 1.
 
   Returns:
     float32 scalar.
 
   Raises:
-    ValueError: if opt_state holds more than one loss scale.
+    ValueError: if the state has more than one loss scale.
 
   Examples:
-    >>> grads = jax.grad(lambda p: lowmem.scale_loss(loss_fn(p), opt_state))(params)
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.static_loss_scale(lowmem.adamw(1e-3), 128.0)
+    >>> _, opt_state = lowmem.init(tx, {"w": jnp.ones((4, 32))})
+    >>> print(lowmem.scale_loss(jnp.bfloat16(0.5), opt_state))
+    64.0
   """
   return jnp.asarray(loss).astype(jnp.float32) * loss_scale(opt_state)
 
@@ -183,7 +212,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
       session.found_ours = True
     return LossScaleState(
       scale=jnp.array(init_scale, jnp.float32),
-      growth_count=jnp.zeros([], jnp.int32),  # three buffers: each can be donated
+      growth_count=jnp.zeros([], jnp.int32),  # not one zero for all: each can be donated
       skipped=jnp.zeros([], jnp.int32),
       skipped_in_a_row=jnp.zeros([], jnp.int32),
       inner_state=inner.init(params),
@@ -206,7 +235,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     session = sessions.current(sessions.StepSession)
     if session is None:
       is_settled, guarded = lambda x: False, contextlib.nullcontext()
-    else:  # our optimizers unscale where they read, and leave their arrays as they are at a skip
+    else:  # our optimizers unscale gradients as they read them, and keep their arrays at a skip
       is_settled = session.is_settled
       guarded = session.unless_skipped(finite, updates, unscaled, inverse)
     with guarded:
@@ -235,7 +264,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
 
 
 def unscale(g, inverse):
-  """A gradient in float32 (or wider), times the factor; what has no derivative stays."""
+  """A gradient times the factor, in float32 or wider; others (int, float0) are unchanged."""
   return scaled(jnp.asarray(g), inverse) if pytrees.is_inexact(g) else g
 
 
@@ -245,10 +274,11 @@ def _all_finite(grads, inverse) -> jax.Array:
 
 
 def _new_if(finite, new, old):
-  """The new statistic or the old one, in old's dtype.
+  """The new statistic if finite, otherwise the old one; in old's dtype.
 
-  Unscaled gradients are float32, so that the bfloat16 statistics that a bare
-  Optax optimizer makes of bfloat16 parameters would be float32 after a step.
+  A bare Optax optimizer keeps bfloat16 statistics for bfloat16 parameters.
+  Unscaled gradients are float32, so without the cast a step would make these
+  statistics float32.
   """
   kept = jnp.where(finite, new, old)
   dtype = getattr(old, "dtype", kept.dtype)
@@ -256,7 +286,7 @@ def _new_if(finite, new, old):
 
 
 def _keep_if(finite, update):
-  """The update, or one that changes nothing: -0.0 (x + -0.0 is x for every x, -0.0 too)."""
+  """The update if finite, otherwise -0.0 (x + -0.0 is x for every x, even -0.0)."""
   if not pytrees.is_inexact(update):
     is_number = getattr(update, "dtype", None) != jax.dtypes.float0
     return jnp.where(finite, update, 0).astype(update.dtype) if is_number else update
