@@ -1,4 +1,4 @@
-"""ema: an exponential moving average of the weights, kept as the weights are."""
+"""ema: an exponential moving average of the weights, in a weight format."""
 
 import jax
 import jax.numpy as jnp
@@ -21,45 +21,51 @@ def ema(
   weights: Weights = "bf16+8",
   key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optax.ema` of the weights in 3 bytes a parameter.
+  """``optax.ema`` of the weights in 3 bytes a parameter.
 
-  In bfloat16 an average with a decay of 0.999 stands still: its steps are
-  below half a unit in the last place. Here it has a residual and is rounded
-  stochastically, as the weights are. It averages what `update` is given, in
-  float32, and is no member for a chain.
+  A bfloat16 average with a decay of 0.999 stalls, because its steps are below half
+  a unit in the last place. This average has a residual and is rounded
+  stochastically, like the weights. It averages the values that ``update``
+  receives, in float32. It is not a member of a chain.
 
-  To begin at the weights and not at zero, without `debias`, make the first
-  update with a decay of 0: `lowmem.ema(0.0, debias=False).update(params32,
-  ema.init(params))`.
+  Without ``debias``, an average can start at the weights instead of zero. Make its
+  first update with a decay of 0:
+  ``lowmem.ema(0.0, debias=False).update(params32, ema.init(params))``.
 
   Args:
-    decay: of the average, at least 0 and below 1; may be a traced float32 value.
-    debias: whether to divide by `1 - decay**count`, so that the average is one
-      of the values seen, and not of zeros.
-    weights: formats of the average, as `delta_bits` takes them. Leaves in
-      "fp32", and leaves that are no half precision and no float32, are averaged
-      in float32 (float64 and complex in their own precision).
-    key: an integer seed or a `jax.random` key for stochastic rounding.
+    decay: the decay rate, at least 0 and below 1; may be a traced float32 scalar.
+    debias: whether to divide by ``1 - decay**count``, so the initial zeros do not
+      count.
+    weights: the formats of the average, as in :func:`optax_lowmem.delta_bits`.
+      Leaves in ``"fp32"``, and leaves that are neither half precision nor float32,
+      are averaged in float32 (float64 and complex in their own precision).
+    key: an integer seed or a ``jax.random`` key for stochastic rounding.
 
   Returns:
-    A transformation with an `EmaState`. `init` takes the parameters, half
-    precision or float32; `update` takes float32 values and returns the average
-    in float32, which is what `lowmem.ema_params` makes of the state.
+    A transformation with an :class:`optax_lowmem.EmaState`. ``init`` takes the
+    parameters, in half precision or float32. ``update`` takes float32 values and
+    returns the average in float32, like :func:`optax_lowmem.ema_params`.
 
   Raises:
-    ValueError: for a decay out of range or in half precision, an unknown
-      format, or values that do not belong to the state. The leaf is named.
-    TypeError: for values in half precision: pass `lowmem.master_params`.
+    ValueError: if the decay is out of range or in half precision, if a format is
+      unknown, or if values do not match the state. The message names the leaf.
+    TypeError: if values are not float32. Pass
+      :func:`optax_lowmem.master_params`. The message names the leaf.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> params, opt_state = lowmem.init(lowmem.adamw(1e-3), {"w": jnp.ones((4, 32))})
     >>> ema = lowmem.ema(0.999)
     >>> ema_state = ema.init(params)
-    >>> _, ema_state = ema.update(lowmem.master_params(params, opt_state), ema_state)
-    >>> evaluate(lowmem.ema_params(ema_state))
+    >>> params32 = lowmem.master_params(params, opt_state)
+    >>> average, ema_state = ema.update(params32, ema_state)
+    >>> print(ema_state.ema["w"].dtype, f"{average['w'][0, 0]:.3f}")
+    bfloat16 1.000
 
   References:
-    [Acceleration of Stochastic Approximation by
-    Averaging](https://epubs.siam.org/doi/10.1137/0330046)
+    `Acceleration of Stochastic Approximation by Averaging
+    <https://epubs.siam.org/doi/10.1137/0330046>`__
   """
   _check_decay(decay)
   if not callable(weights):
@@ -80,7 +86,7 @@ def ema(
     return EmaState(
       formats=formats.marked(params),
       count=jnp.zeros([], jnp.int32),
-      key=jnp.array(key_words(key), copy=True),  # the state is donated, the caller's key is not
+      key=jnp.array(key_words(key), copy=True),  # the state may be donated; the caller's key is not
       ema=pytrees.map_named(zeros, params),
       residuals=pytrees.map_named(residual, params),
       correction=jnp.full([], 0.0 if debias else 1.0, jnp.float32),
@@ -93,13 +99,13 @@ def ema(
     sums = pytrees.named_leaves(state.ema)
     residuals = check_residuals(state.residuals, sums, formats)
     count = optax.safe_increment(state.count)
-    # Names that no parameter has: the weights' own rounding draws other bits from the same key.
+    # No parameter has these names, so the weights draw other bits from an equal key.
     streams = leaf_streams(state.key, count, [f"ema of {name}" for name in formats.by_name])
 
     def step(name, value):
       fmt = formats.get(name)
       old = sums[name] if fmt is None else merge(sums[name], residuals.get(name), fmt)
-      # Not (1 - decay) * value + decay * old: as float32 these two factors are not 1 in sum.
+      # Not (1 - decay) * value + decay * old: in float32, these factors do not add up to 1.
       new = old + arithmetic.rounded((1 - decay) * (value - old))
       return (new, None) if fmt is None else split_stream(new, fmt, streams[f"ema of {name}"])
 
@@ -118,19 +124,27 @@ def ema(
 
 
 def ema_params(ema_state: EmaState):
-  """The average that an `EmaState` holds, in float32: to evaluate or to export.
+  """Returns the average in an ``EmaState`` as float32, to evaluate or to export.
 
   Args:
-    ema_state: the state of `ema`.
+    ema_state: the state of :func:`optax_lowmem.ema`.
 
   Returns:
-    The tree of the parameters; NaN before the first update with `debias`.
+    The average in the tree of the parameters: float32, or the leaf's own dtype for
+    float64 and complex. With ``debias``, it is NaN before the first update.
 
   Examples:
-    >>> loss = loss_fn(lowmem.ema_params(ema_state), batch)
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> ema = lowmem.ema(0.9)
+    >>> params32 = {"w": jnp.full((4, 32), 0.5)}
+    >>> _, ema_state = ema.update(params32, ema.init(params32))
+    >>> average = lowmem.ema_params(ema_state)["w"]
+    >>> print(average.dtype, f"{average[0, 0]:.3f}")
+    float32 0.500
   """
   state = nnx_variables.pure(ema_state)
-  # As a factor: the same bits in every program, which a division by one scalar has not.
+  # A product has the same bits in every program; a division by a scalar does not.
   factor = 1 / state.correction
   residuals = pytrees.named_leaves(state.residuals)
 
@@ -143,16 +157,19 @@ def ema_params(ema_state: EmaState):
 
 
 def _correction(rest, count):
-  """`1 - decay**count` for `rest = 1 - decay`: a decay of 0.9999 in float32 would be 1e-4 off."""
+  """``1 - decay**count`` from ``rest = 1 - decay``.
+
+  From a decay of 0.9999 in float32, the result would be 1e-4 off.
+  """
   correction = -jnp.expm1(count * jnp.log1p(jnp.asarray(-rest, jnp.float32)))
-  # One value for the state and for the average.
+  # The barrier gives the state and the average the same value.
   return jax.lax.optimization_barrier(correction.astype(jnp.float32))
 
 
 def _check_decay(decay):
   if jnp.result_type(decay) in pytrees.HALF_DTYPES:
     raise ValueError(
-      f"decay is a {jnp.result_type(decay)} value, in which 0.999 is 1. Pass"
+      f"decay is a {jnp.result_type(decay)} value, which rounds 0.999 to 1. Pass"
       " hyperparam_dtype=jnp.float32 to optax.inject_hyperparams."
     )
   if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
@@ -160,7 +177,7 @@ def _check_decay(decay):
 
 
 def _float32_struct(leaf):
-  """A half-precision leaf as the float32 weight that it stands for."""
+  """The float32 struct of a half-precision leaf; other leaves are unchanged."""
   return jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if pytrees.is_half(leaf) else leaf
 
 
@@ -170,7 +187,7 @@ def _check_values(values, state: EmaState):
   for name, x in pytrees.named_leaves(values).items():
     if pytrees.is_half(x):
       raise TypeError(
-        f"The value to average at {name} is {x.dtype}; the average is of float32 weights: pass"
+        f"The value to average at {name} is {x.dtype}; ema averages float32 weights: pass"
         " lowmem.master_params(params, opt_state)."
       )
     if state.formats.get(name) and jnp.result_type(x) != jnp.float32:
