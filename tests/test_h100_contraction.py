@@ -163,7 +163,6 @@ def code_of(rule, leaves, formats, monkeypatch, capfd) -> str:
 
 def executed(code, rule, leaves, formats):
   """The leaves' (low, delta, *codes, *scales) after the step."""
-  fmt = lowmem.DeltaFormat.parse("bf16+8")
   shapes = [x.gradient.shape for x in leaves]
   found = [(n, BLOCK) for n in tiles.tile_rows(shapes)]
   scalars = hoisted_rule(rule, len(formats), found[0]).scalars()

@@ -9,6 +9,7 @@ import pathlib
 import re
 import warnings
 
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -238,8 +239,7 @@ def outcome(tx, row, init, *, in_place: bool) -> str:
   except (ValueError, TypeError) as error:
     name = re.search(r"(\w+) stands behind", str(error))
     return f"refused: {name[1] if name else reason(str(error))}"
-  for x, y in zip(*map(jax.tree.leaves, (masters, expected(row))), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(masters, expected(row), rtol=1e-5, atol=1e-6)
   return "works"
 
 

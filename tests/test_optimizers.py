@@ -3,7 +3,8 @@
 import functools
 import inspect
 
-from conftest import assert_trees_equal
+import chex
+from conftest import assert_trees_equal, normal_like, updated
 import flax.serialization
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -52,14 +53,6 @@ def make_params():
   }
 
 
-def make_grads(params, seed):
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return tree.unflatten(
-    [jax.random.normal(k, p.shape).astype(p.dtype) for k, p in zip(keys, leaves, strict=True)]
-  )
-
-
 @functools.cache
 def step_of(tx):
   return jax.jit(functools.partial(lowmem.step, tx))
@@ -68,17 +61,13 @@ def step_of(tx):
 def run(tx, params, state, count, start=0):
   step = step_of(tx)
   for i in range(start, start + count):
-    params, state = step(make_grads(params, i), state, params)
+    params, state = step(normal_like(params, i), state, params)
   return params, state
 
 
 @functools.cache
 def update_of(tx):
-  def call(grads, state, params):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  return jax.jit(call)
+  return jax.jit(functools.partial(updated, tx))
 
 
 def assert_near(a, b, rtol, differing=1.0):
@@ -104,7 +93,7 @@ def test_exact_formats_follow_optax(name):
   a, b, c = lowmem.init(tx, make_params()), lowmem.init(tx, make_params()), None
   c = lowmem.init(reference, make_params())
   for i in range(6):
-    grads = make_grads(a[0], i)
+    grads = normal_like(a[0], i)
     a = step_of(tx)(grads, a[1], a[0])
     b = update_of(tx)(grads, b[1], b[0])
     c = update_of(reference)(grads, c[1], c[0])
@@ -124,10 +113,8 @@ def test_stored_statistics_stay_close(name, moments):
   params, state = run(tx, *lowmem.init(tx, start), 30)
   reference = theirs(1e-2, **kwargs)
   p, s = start, reference.init(start)
-  update = jax.jit(reference.update)
   for i in range(30):
-    u, s = update(jax.tree.map(lambda g: g.astype(jnp.bfloat16), make_grads(p, i)), s, p)
-    p = optax.apply_updates(p, u)
+    p, s = update_of(reference)(optax.tree.cast(normal_like(p, i), jnp.bfloat16), s, p)
   master = lowmem.master_params(params, state)
   error, way = (
     np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)])
@@ -154,12 +141,18 @@ def test_update_is_optax_protocol(name):
   ours, _, kwargs, _ = PAIRS[name]
   tx = ours(1e-2, **kwargs)
   params, state = lowmem.init(tx, make_params())
+  chex.clear_trace_counter()
+  once = chex.assert_max_traces(n=1)  # the states that come out are like those that went in
+  step, update = (
+    jax.jit(once(lambda *args: lowmem.step(tx, *args))),
+    jax.jit(once(lambda *args: updated(tx, *args))),
+  )
   a, b = (params, state), (params, state)
   for i in range(3):
-    grads = make_grads(params, i)
-    a = step_of(tx)(grads, a[1], a[0])
-    b = update_of(tx)(grads, b[1], b[0])
-  assert jax.tree.structure(a) == jax.tree.structure(b)
+    grads = normal_like(params, i)
+    a = step(grads, a[1], a[0])
+    b = update(grads, b[1], b[0])
+  chex.assert_trees_all_equal_structs(a, b)
   assert_near(a, b, 0.02, differing=0.05)
 
 
@@ -172,7 +165,7 @@ def test_kernel_is_the_xla_step(name):
   a = b = c = lowmem.init(kernel, make_params())
   c = lowmem.init(scaled(kernel), make_params())
   for i in range(2):
-    grads = make_grads(a[0], i)
+    grads = normal_like(a[0], i)
     with plgpu.force_gpu_interpret_mode():
       a = step_of(kernel)(grads, a[1], a[0])
       c = step_of(scaled(kernel))(jax.tree.map(lambda g: 4 * g, grads), c[1], c[0])
@@ -195,7 +188,7 @@ def test_other_leaves_keep_optax_behaviour(name):
   for transformation in (tx, unconverted):
     p, q, state, wanted = params, params, transformation.init(params), reference.init(params)
     for i in range(4):
-      grads = make_grads(p, i)
+      grads = normal_like(p, i)
       u, state = jax.jit(transformation.update)(grads, state, p)
       v, wanted = jax.jit(reference.update)(grads, wanted, q)
       p, q = optax.apply_updates(p, u), optax.apply_updates(q, v)
@@ -249,7 +242,7 @@ def test_quantize_state(name, moments):
   assert stored == fields
   total = total_exact = 0.0
   for i in range(20):
-    grads = make_grads(params, i)
+    grads = normal_like(params, i)
     u, state = jax.jit(tx.update)(grads, state, params)
     v, exact = jax.jit(inner.update)(grads, exact, params)
     total, total_exact = total + u["w"], total_exact + v["w"]
@@ -298,7 +291,7 @@ def test_composes(wrapper):
   params, state = lowmem.init(tx, make_params())
   a, b = (params, state), (params, state)
   for i in range(4):
-    grads = make_grads(params, i)
+    grads = normal_like(params, i)
     if wrapper in ("multi_steps", "if_finite"):  # which demand the updates' dtype
       grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
     a = step_of(tx)(grads, a[1], a[0])
@@ -313,8 +306,7 @@ def test_inject_hyperparams_and_schedules():
   )
   plain = lowmem.adamw(SCHEDULE, weight_decay=0.1)
   a, b = (run(t, *lowmem.init(t, make_params()), 4)[0] for t in (tx, plain))
-  for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-    np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=2**-6, atol=1e-3)
+  chex.assert_trees_all_close(a, b, rtol=2**-6, atol=1e-3)
 
 
 def test_something_behind_is_refused():
@@ -322,7 +314,7 @@ def test_something_behind_is_refused():
   params, _ = lowmem.init(lowmem.adamw(1e-2), make_params())
   state = tx.init(params)  # lowmem.init refuses it: test_members_behind
   with pytest.raises(ValueError, match="scale"):
-    lowmem.step(tx, make_grads(params, 0), state, params)
+    lowmem.step(tx, normal_like(params, 0), state, params)
 
 
 @pytest.mark.parametrize("moments", ["bf16", "fp16", "int8"])
@@ -335,7 +327,7 @@ def test_overflow_leaves_everything(moments):
   )
   params, state = lowmem.init(tx, make_params())
   params, state = run(tx, params, state, 3)
-  grads = make_grads(params, 9)
+  grads = normal_like(params, 9)
   grads["kernel"] = grads["kernel"].at[3, 4].set(jnp.inf)
   new, new_state = step_of(tx)(grads, state, params)
   assert_trees_equal(new, params)
@@ -376,10 +368,8 @@ def test_under_transformations():
   tx = lowmem.adamw(1e-2)
   params, state = lowmem.init(tx, make_params())
   shapes = jax.eval_shape(lambda p: lowmem.init(tx, p), make_params())
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), (params, state)
-  )
-  grads = make_grads(params, 0)
+  chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (params, state))
+  grads = normal_like(params, 0)
 
   def body(carry, _):
     return lowmem.step(tx, grads, carry[1], carry[0]), None
@@ -388,9 +378,8 @@ def test_under_transformations():
   looped = (params, state)
   for _ in range(3):
     looped = step_of(tx)(grads, looped[1], looped[0])
-  assert jax.tree.structure(scanned) == jax.tree.structure(looped)
-  for x, y in zip(*map(jax.tree.leaves, (scanned[0], looped[0])), strict=True):
-    np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=2**-7, atol=1e-4)
+  chex.assert_trees_all_equal_structs(scanned, looped)
+  chex.assert_trees_all_close(scanned[0], looped[0], rtol=2**-7, atol=1e-4)
   many = jax.vmap(lambda p: lowmem.init(tx, p))({"w": jnp.ones((3, 4, 64))})
   jax.vmap(functools.partial(lowmem.step, tx))({"w": jnp.ones((3, 4, 64))}, many[1], many[0])
 
@@ -439,8 +428,8 @@ def test_bad_input():
   with pytest.raises(ValueError, match="params"):
     tx = lowmem.adamw(1e-3)
     params, state = lowmem.init(tx, make_params())
-    tx.update(make_grads(params, 0), state)
-  bad = make_grads(params, 0)
+    tx.update(normal_like(params, 0), state)
+  bad = normal_like(params, 0)
   bad["kernel"] = bad["kernel"][:2]
   with pytest.raises(ValueError, match="kernel"):
     lowmem.step(tx, bad, state, params)
@@ -485,11 +474,9 @@ def by_rank(path, leaf):
 def test_a_loss_scale_reaches_every_leaf(make):
   """With a format, without one, with Optax's statistics: unscaled once (sgd does not hide it)."""
   tx = lowmem.static_loss_scale(make(), 2.0**10)
-  for found, wanted in zip(
-    *map(jax.tree.leaves, stepped(tx, MIXED, of_ones(2.0**10))), strict=True
-  ):
-    np.testing.assert_allclose(found, wanted, rtol=1e-3)
-    np.testing.assert_allclose(found, 0.4, rtol=1e-2)
+  found, wanted = stepped(tx, MIXED, of_ones(2.0**10))
+  chex.assert_trees_all_close(found, wanted, rtol=1e-3)
+  chex.assert_trees_all_close(found, of_ones(0.4)(found), rtol=1e-2)
 
 
 @pytest.mark.parametrize("bad", ["w", "n"])
@@ -508,9 +495,9 @@ def test_a_mask_sees_float32():
   """A callable mask gets what an inner transformation gets, in step as in update."""
   mask = lambda tree: jax.tree.map(lambda x: x.dtype == jnp.float32, tree)
   tx = lowmem.adamw(0.1, weight_decay=1.0, mask=mask)
-  for found, wanted in zip(*map(jax.tree.leaves, stepped(tx, MIXED, of_ones(0.0))), strict=True):
-    np.testing.assert_allclose(found, 0.45, rtol=1e-2)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+  found, wanted = stepped(tx, MIXED, of_ones(0.0))
+  chex.assert_trees_all_close(found, of_ones(0.45)(found), rtol=1e-2)
+  chex.assert_trees_all_close(found, wanted, rtol=1e-4)
 
 
 def test_x64_and_a_traced_learning_rate():
@@ -556,5 +543,4 @@ def test_numpy_gradients():
   tx = lowmem.static_loss_scale(lowmem.sgd(0.1), 2.0)
   params, state = lowmem.init(tx, params32)
   new, _ = lowmem.step(tx, {"w": np.full((4, 64), 2.0, np.float32), "s": 2.0}, state, params)
-  for x in jax.tree.leaves(new):
-    np.testing.assert_allclose(np.float32(x), 0.4, rtol=1e-2)
+  chex.assert_trees_all_close(new, of_ones(0.4)(new), rtol=1e-2)
