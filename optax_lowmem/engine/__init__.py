@@ -1,1 +1,1 @@
-"""How a step finds our members in a transformation, and steps their leaves."""
+"""Finds our members in a transformation and steps their leaves."""
