@@ -1,8 +1,9 @@
-"""Whether the updates of our members land, found out before the first step.
+"""Checks before the first step whether the updates of our members land.
 
-`check` makes the program of a `tx.update` in which our members only mark their
-updates, and follows these: a member behind ours that changes them is refused,
-also inside `lax.cond` (MultiSteps, apply_if_finite). Nothing is computed.
+``check`` traces ``tx.update`` while our members only mark their updates, and
+follows the marks through the program. It refuses a member behind ours that changes
+an update, even inside ``lax.cond`` (MultiSteps, apply_if_finite). Nothing is
+computed.
 """
 
 from collections.abc import Callable
@@ -22,23 +23,23 @@ from optax_lowmem.trees import nnx_variables, pytrees
 from optax_lowmem.trees.formats import Formats
 
 _is_checking: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_check", default=False)
-# So that no jitted function which is traced here is taken from JAX's cache in a real step.
+# A cache of its own: a real step must not reuse the jitted functions that are traced here.
 _jit_cache = jax.make_user_context(None)
 
 
 def is_checking() -> bool:
-  """Whether members are called by `check`: then they only mark their updates."""
+  """Whether ``check`` calls the members. They then only mark their updates."""
   return _is_checking.get()
 
 
 def mark(updates, state, params, update_dtype=jnp.float32):
-  """What a member with a `DeltaBitsState` does under `check` instead of its update.
+  """Marks the updates of a member with a ``DeltaBitsState`` under ``check``.
 
   Args:
-    updates: as the member gets them.
-    state: its state.
-    params: as it gets them.
-    update_dtype: of its updates, as `delta_bits` takes it.
+    updates: the updates that the member receives.
+    state: the member's state.
+    params: the parameters that the member receives.
+    update_dtype: the dtype of the member's updates, as in ``delta_bits``.
 
   Returns:
     (updates, state) of the member.
@@ -52,40 +53,40 @@ def mark(updates, state, params, update_dtype=jnp.float32):
 
 
 def check(tx, params, opt_state, kind: type, *, for_step: bool):
-  """Raises if a member of tx keeps the updates of one of ours from landing.
+  """Raises if a member of tx keeps an update of ours from landing.
 
   Args:
     tx: the whole transformation.
     params: the parameters, in their formats.
-    opt_state: tx's state.
-    kind: `DeltaBitsState`.
-    for_step: whether only `lowmem.step` will be called, which refuses also a
-      member that reads the updates and hands them on.
+    opt_state: the state of tx.
+    kind: ``DeltaBitsState``.
+    for_step: whether only ``lowmem.step`` will be called. It also refuses a member
+      that reads the updates and passes them on.
 
   Raises:
-    ValueError: it names the member.
+    ValueError: if there is one. The message names the member.
   """
   params, opt_state = nnx_variables.pure(params), nnx_variables.pure(opt_state)
   states = list(pytrees.find_states(opt_state, kind))
   if not all(isinstance(state.formats, Formats) for state in states):
-    return  # `optax.tree.map_params` asks for the state of a placeholder
+    return  # a placeholder's state, from `optax.tree.map_params`
   weights = pytrees.named_leaves(params)
   for state in states:
     for name, _ in state.formats.table:
       if name not in weights:
         raise ValueError(
-          f"A member of optax_lowmem got the parameter {name}, which params do not have: a"
-          " transformation around it gives it other leaves than params. Put the member around"
+          f"A member of optax_lowmem received the parameter {name}, which params do not have: a"
+          " transformation around it passes it other leaves than params. Put the member around"
           " that transformation: lowmem.delta_bits(optax.flatten(optax.adamw(lr)))."
         )
   if not any(state.formats.table for state in states):
     return
   try:
     changing, using = _culprits(optax.with_extra_args_support(tx), params, opt_state, kind)
-  except Exception as error:  # whatever tx.update needs that init cannot know
+  except Exception as error:  # tx.update may need something that init cannot know
     warnings.warn(
-      "optax_lowmem cannot look through tx before the first step. So a transformation behind one of"
-      " optax_lowmem may change its updates unnoticed, except in lowmem.step, which refuses it."
+      "optax_lowmem cannot look through tx before the first step. A transformation behind one of"
+      " optax_lowmem may therefore change its updates unnoticed; only lowmem.step would refuse it."
       f" tx.update: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
       stacklevel=4,
     )
@@ -97,14 +98,14 @@ def check(tx, params, opt_state, kind: type, *, for_step: bool):
 
 
 def _culprits(tx, params, opt_state, kind) -> tuple[list[str], list[str]]:
-  """The members that change our updates, and those that use them where `step` has none."""
+  """The members that change our updates, and those that use updates that ``step`` lacks."""
   closed, out = _trace(tx, params, opt_state)
   program = closed.jaxpr
   flow = updates_flow.Flow()
   inputs, outputs = flow.values(program)
   _, old_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), inputs)
   _, new_state = jax.tree.unflatten(jax.tree.structure(out), outputs)
-  # By the order of leaves, in which params come first, and updates: a value is a tuple, no leaf.
+  # A value is a tuple, not a leaf, so the zip is by order: params and updates come first.
   weights = dict(zip(pytrees.named_leaves(params), inputs, strict=False))
   updates = dict(zip(pytrees.named_leaves(out[0]), outputs, strict=False))
   variables = dict(zip(updates, program.outvars, strict=False))
@@ -128,9 +129,10 @@ def _first_named(members) -> str:
 
 
 def _trace(tx, params, opt_state):
-  """The program of `tx.update`, with whatever arguments it asks for, and its results' tree."""
+  """The program of ``tx.update``, with the arguments that it asks for, and its results' tree."""
   named: set[str] = set()
-  # Gradients of the weights' dtype or float32; then what is no step's, but shows the way, too.
+  # Gradients in the weights' dtype, then in float32. The last two match no real step, but show
+  # where the updates go, too.
   attempts = [(False, False, False), (True, False, False), (True, False, True), (True, True, True)]
   while True:
     try:
@@ -148,7 +150,7 @@ def _trace(tx, params, opt_state):
 
 
 def _wanted(error: str) -> set[str]:
-  """The extra arguments that an error of `tx.update` asks for."""
+  """The extra arguments that an error of ``tx.update`` asks for."""
   if "required keyword-only" in error:
     return set(re.findall(r"'(\w+)'", error))
   return set(re.findall(r"\w+", error)) & set(_EXTRA_ARGS) if "must be provided" in error else set()
@@ -182,7 +184,7 @@ def _sum(params, *args, **kwargs):
   return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(params))
 
 
-# What Optax's transformations are given besides gradients, made of gradients; else a scalar.
+# Extra arguments of Optax's transformations, made from gradients. Any other is a scalar.
 _EXTRA_ARGS: dict[str, Callable[[Any], Any]] = {
   "value": _scalar,
   "grad": lambda grads: grads,
