@@ -1,8 +1,8 @@
-"""portable_update: an elementwise transformation's update, with bits that do not depend on where.
+"""portable_update: an elementwise update with the same bits in every program.
 
-A leaf is stepped in programs of different shapes: with all others, in chunks, a
-layer of a stack. A compiler contracts multiplications and additions in one of
-them and not in another, unless it is kept from it (`pallas_kernels.programs.hoist`).
+Programs of different shapes step a leaf: with all other leaves, in chunks, as one
+layer of a stack. A compiler may contract a multiplication and an addition in one of
+them and not in another. ``pallas_kernels.programs.hoist`` prevents that.
 """
 
 import jax
@@ -14,8 +14,8 @@ from pallas_kernels.programs.hoist import hoist
 
 
 def portable_update(inner, updates, state, params, **extra_args):
-  """`inner.update(updates, state, params, **extra_args)`."""
-  if not jax.tree.leaves(updates):  # counters alone
+  """``inner.update(updates, state, params, **extra_args)``."""
+  if not jax.tree.leaves(updates):  # only counters
     return inner.update(updates, state, params, **extra_args)
   weights = dict(jax.tree_util.tree_leaves_with_path(params))
   named, treedef = jax.tree_util.tree_flatten_with_path(state)
@@ -37,5 +37,5 @@ def portable_update(inner, updates, state, params, **extra_args):
   args = updates, [named[i][1] for i in places], params
   scalars, rest = hoist(call, jax.tree.map(jax.typeof, args))
   updates, state = rest(scalars, *args)
-  # What comes next is the sum with the weight.
+  # The next operation is the sum with the weight.
   return jax.tree.map(lambda u: rounded(u) if pytrees.is_float(u) else u, updates), state
