@@ -1,16 +1,16 @@
-"""How `init` and `step` reach through an Optax transformation to our members.
+"""How ``init`` and ``step`` reach our members inside an Optax transformation.
 
-Optax's combinators keep their members in closures. So `init` and `step` open a
-session around `tx.init` and `tx.update`, and our members find it:
+Optax's combinators keep their members in closures. So ``init`` and ``step`` open a
+session around ``tx.init`` and ``tx.update``, and our members find it:
 
-- under `init`, they turn float32 leaves into their formats and leave the
+- under ``init``, they convert float32 leaves to their formats and leave the
   weights in the session;
-- under `step`, they return a `Landed` in the place of an update: the new
-  weight itself. Chain, masked and partition hand it through untouched.
-  Whatever computes with it stands behind our member and is refused by name.
+- under ``step``, they return a ``Landed`` instead of an update: the new weight
+  itself. Chain, masked and partition pass it on untouched. A transformation that
+  computes with it stands behind our member and is refused by name.
 
-A session holds in the trace that opened it. Inside `lax.cond` (MultiSteps,
-apply_if_finite) our members see none and return ordinary updates.
+A session is valid in the trace that opened it. Inside ``lax.cond`` (MultiSteps,
+apply_if_finite), our members see no session and return ordinary updates.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ _current: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_session"
 
 @dataclasses.dataclass
 class InitSession:
-  """What our members did with the parameters: the weights by leaf name."""
+  """The weights that our members make of the parameters, by leaf name."""
 
   trace: Any
   weights: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
   found_ours: bool = False
 
   def convert(self, name: str, low: jax.Array):
-    """Records the weight that a member keeps for a float32 leaf."""
+    """Records the weight that a member makes of a float32 leaf."""
     if name in self.weights:
       raise ValueError(
         f"params{name} is held by two delta_bits in one transformation; mask one of them."
@@ -43,17 +43,18 @@ class InitSession:
 
 @dataclasses.dataclass
 class StepSession:
-  """What our members tell each other inside `step`.
+  """Facts that our members share inside ``step``.
 
   Attributes:
-    trace: the trace that it holds in.
-    given: the gradients that `step` was called with, by id.
-    landed: the landed weights that have not reached `step` yet.
-    taken: a bool of the loss scales around the member that is called: whether
-      the step is taken; None without one.
-    scaled: by id of an unscaled gradient, it, the one that it was made of, and
-      the factor between them.
-    settled_arrays: results that are what they were where the step is not taken.
+    trace: the trace in which the session is valid.
+    given: the gradients that ``step`` received, by id.
+    landed: the ``Landed`` weights that have not reached ``step`` yet.
+    taken: a bool scalar from the loss scales around the current member, whether
+      the step is taken; None without a loss scale.
+    scaled: (unscaled gradient, its original, the factor between them), by id of the
+      unscaled gradient.
+    settled_arrays: results that already hold their old values if the step is
+      skipped.
   """
 
   trace: Any
@@ -65,7 +66,7 @@ class StepSession:
 
   @contextlib.contextmanager
   def unless_skipped(self, taken, scaled, unscaled, factor):
-    """For the call of a loss scale's inner transformation, with unscaled gradients."""
+    """Wraps a loss scale's call of its inner transformation with unscaled gradients."""
     outside = self.taken, self.scaled
     self.taken = taken if self.taken is None else self.taken & taken
     pairs = zip(jax.tree.leaves(scaled), jax.tree.leaves(unscaled), strict=True)
@@ -76,7 +77,7 @@ class StepSession:
       self.taken, self.scaled = outside
 
   def settled(self, *trees):
-    """A member declares arrays as its work where the step is taken, else the old ones."""
+    """Declares arrays that are new if the step is taken, and the old ones otherwise."""
     self.settled_arrays |= {id(x): x for x in jax.tree.leaves(trees)}
 
   def is_settled(self, x) -> bool:
@@ -96,7 +97,7 @@ def open_session(kind):
 
 
 def current(kind):
-  """The open session of this kind and of this trace, or None."""
+  """The open session of this kind in this trace, or None."""
   session = _current.get()
   if isinstance(session, kind) and session.trace == get_opaque_trace_state(convention="flax"):
     return session
@@ -117,7 +118,7 @@ def holding(names: frozenset[str]):
 
 
 def held_names() -> frozenset[str] | None:
-  """The names that `holding` gave, or None outside of it."""
+  """The names that ``holding`` received; None outside it."""
   return _held.get()
 
 
@@ -126,7 +127,7 @@ _apart: contextvars.ContextVar = contextvars.ContextVar("optax_lowmem_apart", de
 
 @contextlib.contextmanager
 def leaf_by_leaf():
-  """Tells the members called inside to compute no two parameters in one operation."""
+  """Tells the members called inside to compute each parameter in operations of its own."""
   token = _apart.set(True)
   try:
     yield
@@ -135,12 +136,12 @@ def leaf_by_leaf():
 
 
 def is_leaf_by_leaf() -> bool:
-  """Whether a call is inside `leaf_by_leaf`."""
+  """Whether a call is inside ``leaf_by_leaf``."""
   return _apart.get()
 
 
 class Landed:
-  """A leaf of `updates` inside `step`: the new weight, no update to add."""
+  """A leaf of ``updates`` inside ``step`` that holds the new weight, not an update."""
 
   def __init__(self, low: jax.Array, session: StepSession):
     self.low = low
@@ -148,16 +149,16 @@ class Landed:
     session.landed.add(self)
 
   def take(self) -> jax.Array:
-    """The weight; each has to be taken once."""
+    """Returns the weight. Each must be taken exactly once."""
     self._session.landed.remove(self)
     return self.low
 
   def map(self, f) -> "Landed":
-    """This leaf with f of its weight (a wrapper of ours)."""
+    """Applies f to the weight, for a wrapper of ours."""
     return Landed(f(self.take()), self._session)
 
   def __getattr__(self, name):
-    raise TypeError("Landed")  # `step` says who did it
+    raise TypeError("Landed")  # `step` turns it into an error that names the transformation
 
   def _touched(self, *args, **kwargs):
     raise TypeError("Landed")
@@ -172,7 +173,7 @@ for _operator in (
 
 @contextlib.contextmanager
 def refuse_members_behind():
-  """Turns an error about a touched `Landed` into one that names the transformation."""
+  """Turns an error about a touched ``Landed`` into one that names the transformation."""
   try:
     yield
   except TypeError as error:
@@ -188,19 +189,19 @@ def refuse_members_behind():
 
 
 def changes_updates(member: str) -> str:
-  """What is wrong with a member behind ours that changes its updates, and the ways out."""
+  """The error for a member behind ours that changes our updates."""
   return (
     f"{member} stands behind a transformation of optax_lowmem, or around it, and changes its"
-    " updates. The residual would belong to another update than the one that lands."
+    " updates. The residual would belong to an update other than the one that lands."
     f" {_WAYS_OUT}"
   )
 
 
 def uses_updates(member: str) -> str:
-  """What is wrong with one that `step` has no updates for, and the ways out."""
+  """The error for a member that uses our updates, which ``step`` does not make."""
   return (
     f"{member} stands behind a transformation of optax_lowmem and uses its updates. lowmem.step has"
-    f" none: it writes the new weights and residuals at once. {_WAYS_OUT}"
+    f" none, because it writes the new weights and residuals at once. {_WAYS_OUT}"
   )
 
 
