@@ -1,18 +1,19 @@
-"""Where the updates of our members go in the program of a `tx.update`.
+"""Follows the updates of our members through the program of a ``tx.update``.
 
-The program is a jaxpr in which `marked` stands for what our members do: it
-makes their updates, and the counter of their state. Each value of the program
-is followed by what it is:
+The program is a jaxpr in which ``marked`` stands for our members: it makes their
+updates and the counter of their state. Each value of the program has a description:
 
-- `(NEW, n, weight)`: the update of a weight that call n of `marked` made,
-  unchanged; `(NEW, n)`: the counter of that call;
-- `ZERO`: zeros, an update that moves nothing;
-- `(CHOICE, which, values)`: one of several, as a `lax.cond` or a `where` says;
-- `(CHANGED, member)`: computed from an update of ours, by that member;
-- `(VALUE, n)`: any other value.
+- ``(NEW, n, weight)``: the unchanged update of a weight from call n of ``marked``;
+  ``(NEW, n)``: the counter of that call;
+- ``ZERO``: zeros, an update that moves nothing;
+- ``(CHOICE, which, values)``: one of several values, as a ``lax.cond`` or a
+  ``where`` chooses;
+- ``(CHANGED, member)``: a value that this member computed from an update of ours;
+- ``(VALUE, n)``: any other value.
 
-An update lands if it is NEW, and of the very weight that it will be added to,
-wherever the member's state is new, and ZERO wherever that is the old one.
+An update lands if it meets two conditions. Wherever the member's state is new, the
+update is NEW and made for the weight that it will be added to. Wherever the state is
+the old one, the update is ZERO.
 """
 
 import itertools
@@ -31,7 +32,7 @@ _JAX = os.path.dirname(jax.__file__)
 _OPTAX = os.path.dirname(optax.__file__)
 _OURS = os.path.dirname(os.path.dirname(__file__))
 
-# One value in the shape or the dtype of another: what it says of a choice is the same.
+# These change the shape or the dtype of a value. A choice by the result is one by the operand.
 _SAME_VALUE = frozenset("broadcast_in_dim convert_element_type reshape squeeze copy copy_p".split())
 _SAME_ARRAY = frozenset(
   "copy copy_p optimization_barrier sharding_constraint reshard layout_constraint".split()
@@ -43,7 +44,7 @@ _CALLS = frozenset(
 
 
 def marked(updates, weights, step, dtypes):
-  """The stand-in for a member of ours: its updates in these dtypes, and its next step."""
+  """Stands in for a member of ours: makes its updates in these dtypes and its next step."""
 
   def optax_lowmem_marked(updates, weights, step):
     del updates
@@ -56,8 +57,8 @@ class Flow:
   """Follows the updates through one program.
 
   Attributes:
-    touched: the members that did anything with an update of ours which was
-      made outside of `lax.cond` and the like: where `step` has the weight itself.
+    touched: the members that use an update of ours made outside ``lax.cond`` and
+      similar calls. There, ``step`` would hold the weight itself.
   """
 
   def __init__(self):
@@ -70,19 +71,19 @@ class Flow:
     self._caller: str | None = None
 
   def values(self, jaxpr) -> tuple[list, list]:
-    """What the inputs and the outputs of a program with `marked` in it are."""
+    """Describes the inputs and the outputs of a program that calls ``marked``."""
     inputs = [self._other(v) for v in jaxpr.invars]
     if not _has_marked(jaxpr):
       raise RuntimeError("it calls no member of optax_lowmem.")
     return inputs, self._run(jaxpr, inputs, is_top=True)
 
   def lands(self, update, weight, step, old_step) -> bool:
-    """Whether an update of a member lands on a weight, where old_step becomes step."""
+    """Whether a member's update lands on a weight while its old_step becomes step."""
     made_for = {x[2] for x in _parts(update) if x[0] == NEW}
     return made_for == {weight} and _kept(update, ZERO) == _kept(step, old_step)
 
   def culprit(self, update, weight, step) -> str:
-    """The member that keeps an update from landing; "" if the values do not tell."""
+    """The member that keeps an update from landing; "" if the values do not show it."""
     parts = [*_parts(update), *_parts(step)]
     changed = [x[1] for x in parts if x[0] == CHANGED]
     chosen = [self._choosers[x] for x in _parts(update) if x in self._choosers]
@@ -132,7 +133,7 @@ class Flow:
 
   def _call(self, eqn, inner, ins) -> list:
     caller = self._caller
-    # JAX traces its own jitted functions once: their equations name who called them first.
+    # JAX traces its own jitted functions once, so their equations name the first caller.
     if caller is None and inner.debug_info.func_filename.startswith(_JAX):
       self._caller = self._member(eqn)
     outs = self._run(inner, ins)
@@ -144,11 +145,11 @@ class Flow:
 
   def _marked(self, eqn, ins, is_top) -> list:
     behind = [x for x in ins if _is_from_ours(x)]
-    if behind:  # of another member of ours
+    if behind:  # another member of ours made them
       return [(CHANGED, _changed_by(behind[0]) or self._member(eqn))] * len(eqn.outvars)
     number = next(self._numbers)
     self._callers[number] = member_of(eqn, is_ours=False)
-    weights = ins[len(ins) // 2 : -1]  # behind as many updates, in front of the step
+    weights = ins[len(ins) // 2 : -1]  # ins: updates, as many weights, the step
     new = [(NEW, number, weight) for weight in weights]
     if is_top:
       self._top_level |= set(new)
@@ -182,7 +183,7 @@ class Flow:
 
 
 def member_of(eqn, *, is_ours: bool = True) -> str:
-  """The transformation whose code an equation is from; with is_ours=False, none of ours."""
+  """The transformation whose code made an equation; with is_ours=False, one that is not ours."""
   traceback = eqn.source_info.traceback
   frames = () if traceback is None else traceback.frames
   inside = ""
@@ -190,10 +191,10 @@ def member_of(eqn, *, is_ours: bool = True) -> str:
     if frame.file_name.startswith(_JAX) or (not is_ours and frame.file_name.startswith(_OURS)):
       continue
     *owners, function = frame.function_name.replace(".<locals>", "").split(".")
-    # Optax's transformations are functions of a module, others may be made anywhere.
+    # Optax's transformations are functions of a module; others may be made anywhere.
     owner = "".join(owners[:1] if frame.file_name.startswith(_OPTAX) else owners[-1:])
     if owner and function.startswith("update"):
-      if not frame.file_name.endswith("_combining.py"):  # of Optax: chain hands on what it is given
+      if not frame.file_name.endswith("_combining.py"):  # Optax's chain only passes values on
         return owner
       if inside:
         return inside
@@ -202,7 +203,7 @@ def member_of(eqn, *, is_ours: bool = True) -> str:
 
 
 def _parts(value):
-  """The values that one may be, and the choices between them."""
+  """A value and, if it is a choice, all the values it may be."""
   yield value
   if value[0] == CHOICE:
     for x in value[2]:
@@ -218,7 +219,7 @@ def _is_from_ours(value) -> bool:
 
 
 def _kept(value, old):
-  """A value with "old" where it is the one that changes nothing, and calls for what they made."""
+  """A value with "old" for the old value, and without the weights of NEW updates."""
   if value[0] == CHOICE:
     return CHOICE, value[1], tuple(_kept(x, old) for x in value[2])
   return "old" if value == old else value[:2]
