@@ -1,4 +1,4 @@
-"""in_place: an elementwise optimizer's update and step, leaf by leaf, through `LeafSteps`."""
+"""in_place: updates and steps an elementwise optimizer leaf by leaf, through ``LeafSteps``."""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,20 @@ from pallas_kernels.formats import arithmetic
 
 
 def step(optimizer: Optimizer, updates, state, params):
-  """What a member returns inside `lowmem.step`: new weights, as `Landed`, and the new state.
+  """A member's update inside ``lowmem.step``: new weights, as ``Landed``, and the new state.
 
   Args:
-    optimizer: the member's.
-    updates: the gradients, as the members in front leave them.
-    state: the member's.
+    optimizer: the member's optimizer.
+    updates: the gradients, as the members in front pass them on.
+    state: the member's state.
     params: the parameters.
 
   Returns:
-    (updates, state), or None if the composed transformation steps instead.
+    (updates, state); None if the composed transformation must step instead.
 
   Raises:
-    ValueError: if the optimizer is not elementwise.
+    ValueError: if the optimizer is not elementwise, or if it asks for a kernel but
+      only the composed transformation can step.
   """
   session = sessions.current(sessions.StepSession)
   assert session is not None
@@ -30,7 +31,7 @@ def step(optimizer: Optimizer, updates, state, params):
   if steps is None:
     if optimizer.implementation == "mosaic_gpu":
       raise ValueError(
-        'implementation="mosaic_gpu" takes statistics in formats of ours; give mu= or'
+        'implementation="mosaic_gpu" takes statistics in our own formats: pass mu= or'
         " accumulator= instead of mu_dtype or accumulator_dtype."
       )
     return None
@@ -38,11 +39,11 @@ def step(optimizer: Optimizer, updates, state, params):
   total = sum(jnp.size(gradients[name]) for name in steps.held.by_name)
 
   def source(g) -> Gradient:
-    """The gradient to read, and the factor that the program multiplies it by."""
+    """The gradient to read, and the factor by which the program multiplies it."""
     _, before, factor = session.scaled.get(id(g), (g, g, None))
     g, factor = (before, factor) if jnp.result_type(before).itemsize <= 4 else (g, None)
-    # XLA fuses the work of a member in front (clipping) into its own passes. For a kernel it
-    # writes a copy of the leaf's gradient, which must be a small part of all gradients.
+    # XLA fuses a member in front (clipping) into its own passes. Before a kernel, it writes a
+    # copy of the leaf's gradient, which must be a small part of all gradients.
     is_copied = id(g) not in session.given and jnp.size(g) * 16 > total
     how = "xla" if optimizer.implementation is None and is_copied else optimizer.implementation
     return Gradient(jnp.asarray(g), factor, how)
@@ -57,17 +58,17 @@ def step(optimizer: Optimizer, updates, state, params):
 
 
 def update(optimizer: Optimizer, updates, state, params):
-  """`tx.update` by the programs of `step`: float32 updates that land.
+  """``tx.update`` through the programs of ``step``: float32 updates that land.
 
   Args:
-    optimizer: the member's.
+    optimizer: the member's optimizer.
     updates: the gradients.
-    state: the member's.
+    state: the member's state.
     params: the parameters.
 
   Returns:
-    (updates, state), or None if the composed transformation steps instead: where
-    all statistics are float32, it has Optax's own bits.
+    (updates, state); None if the composed transformation must update instead. With
+    float32 statistics alone, it does, because its bits are Optax's own.
   """
   steps = LeafSteps.of(optimizer, state, params, updates)
   if steps is None or not steps.has_narrow_statistics:
@@ -84,9 +85,9 @@ def update(optimizer: Optimizer, updates, state, params):
 
 
 def _with(new, rest_updates, updates):
-  """The tree of updates: those of the leaves that were stepped, and of the others."""
+  """Merges the updates of the stepped leaves and of the rest into one tree."""
   return pytrees.map_named((pytrees.named_leaves(rest_updates) | new).get, updates)
 
 
-# Under jit, so that leaves of one shape are traced once.
+# jit traces leaves of one shape once.
 _landing = jax.jit(arithmetic.landing_update)
