@@ -1,10 +1,10 @@
-"""The leaves of an elementwise optimizer's step, each stepped alone or with others of its kind.
+"""leaf_steps: steps the leaves of an elementwise optimizer, alone or with others of their kind.
 
-`lowmem.step` steps all of them at once, a gradient-releasing backward pass each
-when its gradient is there. The state is that of
-`delta_bits(quantize_state(optax.X))`; the mathematics is Optax's: `update` of
-one bare array is the rule that `pallas_kernels.fused_update` applies to a leaf,
-or a kernel to a tile of it.
+``lowmem.step`` steps all of them at once. A gradient-releasing backward pass steps
+each leaf when its gradient is ready. The state is that of
+``delta_bits(quantize_state(optax.X))``. The mathematics is Optax's: ``update`` of one
+bare array is the rule that ``pallas_kernels.fused_update`` applies to a leaf, or a
+kernel to a tile of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,30 +34,29 @@ from pallas_kernels.programs.hoist import Hoisted
 from pallas_kernels.programs.leaf import Leaf, is_small
 from pallas_kernels.programs.tiles import is_in_blocks
 
-# Statistic's name, its value and the gradient -> what `accumulate` makes of it.
+# A statistic's name, its value and a micro-batch's gradient -> its value with that gradient.
 Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 
 _HALF_STATISTICS = (
-  "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) have no step of"
-  " their own; give mu= or accumulator= instead."
+  "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) cannot be stepped"
+  " leaf by leaf; pass mu= or accumulator= instead."
 )
 
 _OTHER_STATE = (
-  "The state is not this optimizer's, or not one of counters and of arrays of the parameters'"
-  " shapes alone."
+  "The state is not this optimizer's, or it holds more than counters and arrays of the"
+  " parameters' shapes."
 )
 
 
 class _Place(NamedTuple):
-  """What a leaf of the optimizer's state is.
+  """The role of a leaf in the optimizer's state.
 
   Attributes:
-    path: where it stands in the state of one bare array (of another parameter
-      and without a weight format: where it stands).
-    parameter: the name of the parameter with a weight format whose statistic
-      it is, or None.
-    format: the statistic's.
+    path: for a statistic of a parameter with a weight format, its path in the state
+      of one bare array; for any other leaf, its own path.
+    parameter: the name of that parameter, or None for any other leaf.
+    format: the format of the statistic.
   """
 
   path: tuple
@@ -66,12 +65,12 @@ class _Place(NamedTuple):
 
 
 class Gradient(NamedTuple):
-  """A gradient to be read by a leaf's step.
+  """The gradient for a leaf's step.
 
   Attributes:
-    value: the array; of a stack of layers, one layer's.
+    value: the array; for a stack of layers, the gradient of one layer.
     factor: a float32 scalar to multiply it by, or None.
-    implementation: as `pallas_kernels.fused_update` takes it.
+    implementation: as in ``pallas_kernels.fused_update``.
   """
 
   value: jax.Array
@@ -80,7 +79,7 @@ class Gradient(NamedTuple):
 
 
 class Stored(NamedTuple):
-  """What a leaf is stored in: its weight, its residual, its statistics in order."""
+  """The stored parts of a leaf: its weight, its residual, its statistics in order."""
 
   low: jax.Array
   residual: jax.Array | None
@@ -91,13 +90,14 @@ class Optimizer:
   """An elementwise optimizer of Optax.
 
   Attributes:
-    make: weight-decay mask (None, a tree of bools, one bool) -> Optax's
-      transformation.
+    make: a function from a weight-decay mask (None, a tree of bools, one bool) to
+      Optax's transformation.
     mask: None, a tree of bools or a prefix of it, or a callable of params.
-    implementation: as `pallas_kernels.fused_update` takes it.
-    fold: what a micro-batch adds to a statistic; or why there is no such thing.
-    is_declared: whether a user declared it elementwise. Its float32 leaves are
-      stepped alone, too, and its statistics have their own stream.
+    implementation: as in ``pallas_kernels.fused_update``.
+    fold: the function that adds a micro-batch to a statistic, or the reason why
+      there is none.
+    is_declared: whether a user declared it elementwise. Then its float32 leaves are
+      stepped leaf by leaf, too, and its statistics have a stream of their own.
   """
 
   def __init__(
@@ -113,18 +113,18 @@ class Optimizer:
     self.mask = mask
     self.implementation = implementation
     self.fold = fold
-    # Under jit, so that groups of one kind are traced once.
+    # jit traces groups of one kind once.
     self.step_group = jax.jit(_step_group, static_argnums=(0, 1), static_argnames="lands")
     self._rules: dict[Any, Hoisted] = {}
 
   @classmethod
   def declared(cls, inner: optax.GradientTransformation) -> "Optimizer":
-    """A transformation that the user declares elementwise."""
-    fold = "only for lowmem.adamw, adam and sgd is it known how a micro-batch enters the statistics"
+    """Makes one of a transformation that the user declares elementwise."""
+    fold = "only lowmem.adamw, adam and sgd define how a micro-batch enters the statistics"
     return cls(lambda mask: inner, None, None, fold, is_declared=True)
 
   def rule(self, kind: "_RuleKind", shape, scalars, factor) -> tuple[Hoisted, list[jax.Array]]:
-    """The rule of leaves of a kind, traced once on arrays of a shape, and its scalars."""
+    """The rule for leaves of a kind, traced once on arrays of a shape, and its scalars."""
     key = kind, jax.dtypes.canonicalize_dtype(float)
     rule = self._rules.get(key)
     if rule is None:
@@ -146,12 +146,12 @@ class Optimizer:
       state = jax.tree.unflatten(jax.tree.structure(struct), state)
       update, state = inner.update(g if factor is None else g * factor, state, w)
       new = dict(_leaves(state))
-      # A float64 learning rate makes float64 of them.
+      # A float64 learning rate turns them into float64.
       return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
 
     def fold(g, w, values, scalars, factor):
       del scalars
-      assert callable(self.fold)  # or accumulate= is refused
+      assert callable(self.fold)  # otherwise accumulate= is refused
       g, pairs = g if factor is None else g * factor, zip(paths, values, strict=True)
       return None, [self.fold(path[-1].name, x, g).astype(w.dtype) for path, x in pairs]
 
@@ -169,17 +169,17 @@ class LeafSteps:
   """One step of an optimizer, leaf by leaf.
 
   Attributes:
-    held: the formats of the leaves with a weight format.
+    held: the formats of the leaves that are stepped leaf by leaf.
     stored: these leaves before the step, by name.
-    old_rest: the state that `step_rest` starts from.
+    old_rest: the state from which ``step_rest`` starts.
   """
 
   @classmethod
   def of(cls, optimizer: Optimizer, state, params, like) -> "LeafSteps | None":
-    """Reads a `DeltaBitsState` or `QuantizedState`.
+    """Reads a ``DeltaBitsState`` or a ``QuantizedState``.
 
     Args:
-      optimizer: its optimizer.
+      optimizer: the optimizer of the state.
       state: the state.
       params: the parameters.
       like: the tree on which a callable mask is evaluated.
@@ -188,7 +188,8 @@ class LeafSteps:
       The steps; None if only the composed transformation can step.
 
     Raises:
-      ValueError: if the state is not elementwise.
+      ValueError: if the state does not belong to the optimizer, or not to an
+        elementwise one.
     """
     delta, quantized, inner_state = parts = _parts(state)
     if optimizer.is_declared and _wrapper_in(inner_state) is not None:
@@ -199,7 +200,7 @@ class LeafSteps:
     return None if places is None else cls(optimizer, state, params, like, parts, held, places)
 
   def __init__(self, optimizer: Optimizer, state, params, like, parts, held: Formats, places):
-    """As `of` makes it."""
+    """Called by ``of``."""
     self._optimizer, self._state, self._params, self._like = optimizer, state, params, like
     self._delta, self._quantized, inner_state = parts
     self.held, self._places = held, places
@@ -229,12 +230,12 @@ class LeafSteps:
 
   @functools.cached_property
   def _mask(self) -> tuple[Any, dict[str, bool]]:
-    """The weight-decay mask as Optax takes it, and by name of the leaf."""
+    """The weight-decay mask as Optax takes it, and by leaf name."""
     return _evaluated(self._optimizer.mask, self._like, self.held)
 
   @property
   def has_narrow_statistics(self) -> bool:
-    """Whether a statistic of a weight with a format is stored in less than float32."""
+    """Whether a statistic is stored in fewer bits than float32."""
     return any(place.format.name != "fp32" for of in self._of.values() for place in of)
 
   def step(
@@ -250,16 +251,16 @@ class LeafSteps:
 
     Args:
       stored: leaves by name.
-      gradients: gradients by name; the leaves' factors are one scalar.
-      taken: a bool: where it is False nothing changes; or None.
-      index: which layer of the stacked leaves has the gradients; or None.
-      micro_batch: fold a micro-batch's gradient into the statistics alone;
-        its number, from 1.
-      lands: make new weights that `optax.apply_updates` reaches, with updates
-        of `pallas_kernels.formats.arithmetic.landing_update`.
+      gradients: gradients by name; all their factors are the same scalar.
+      taken: a bool scalar, or None. If it is False, nothing changes.
+      index: the layer of the stacked leaves to which the gradients belong, or None.
+      micro_batch: the number of a micro-batch, from 1, or None. With a number, the
+        gradients enter the statistics alone.
+      lands: whether ``optax.apply_updates`` must reach the new weights, by updates of
+        ``pallas_kernels.formats.arithmetic.landing_update``.
 
     Returns:
-      stored, with these leaves as they are now.
+      stored, with the new parts of the leaves that have a gradient.
     """
     names = list(gradients)
     part = 0 if micro_batch is None else micro_batch
@@ -298,7 +299,7 @@ class LeafSteps:
     )
 
   def step_rest(self, updates):
-    """Optax's own step of counters and of leaves without a format: (updates, state)."""
+    """Steps counters and leaves without a format as Optax does: (updates, state)."""
     inner = self._optimizer.make(self._mask[0])
     return portable_update(inner, self._rest(updates), self.old_rest, self._rest(self._params))
 
@@ -306,7 +307,7 @@ class LeafSteps:
     return pytrees.map_named(lambda name, x: optax.MaskedNode() if self.held.get(name) else x, tree)
 
   def state(self, stored: Mapping[str, Stored], rest, taken: jax.Array | None = None):
-    """The new `DeltaBitsState`, of the leaves and of what `step_rest` returned."""
+    """The new state, from the leaves and from the state that ``step_rest`` returned."""
     others = iter(jax.tree.leaves(rest))
     values = {
       place: value
@@ -329,14 +330,14 @@ class LeafSteps:
 
 
 def _parts(state):
-  """The state of delta_bits and that of quantize_state, each perhaps None, and what is inside."""
+  """The states of delta_bits and of quantize_state, None if absent, and the one inside them."""
   delta = state if isinstance(state, DeltaBitsState) else None
   state = state if delta is None else delta.inner_state
   quantized = state if isinstance(state, QuantizedState) else None
   return delta, quantized, state if quantized is None else quantized.inner_state
 
 
-# In whose states masks, or statistics that are stored by ours, cannot be looked through.
+# A leaf's step cannot look through these states: they hold masks, or statistics in our formats.
 _WRAPPERS = (
   optax.MaskedState, optax.PartitionState, optax.MultiStepsState, optax.ApplyIfFiniteState,
   QuantizedState, DeltaBitsState, LossScaleState,
@@ -344,57 +345,59 @@ _WRAPPERS = (
 
 
 def _wrapper_in(inner_state) -> str | None:
-  """The name of a state's type through which a leaf's step cannot look, or None."""
+  """The type name of a state that a leaf's step cannot look through, or None."""
   nodes = jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, _WRAPPERS))
   return next((type(x).__name__ for x in nodes if isinstance(x, _WRAPPERS)), None)
 
 
 def why_composed(state) -> str:
-  """Why `LeafSteps.of` gave None."""
+  """The reason why ``LeafSteps.of`` returned None."""
   wrapper = _wrapper_in(_parts(state)[2])
   if wrapper is None:
     return _HALF_STATISTICS
   return (
-    f"The optimizer is declared elementwise, but has a {wrapper} inside. A mask decides by the"
-    " whole leaf (lowmem.adamw and lion take mask=); quantize_state stands right inside delta_bits,"
-    " elementwise=True in both, and a loss scale around it."
+    f"The optimizer is declared elementwise, but has a {wrapper} inside. A mask selects whole"
+    " leaves (lowmem.adamw and lion take mask=). Put quantize_state directly inside delta_bits,"
+    " elementwise=True in both, and a loss scale around them."
   )
 
 
 def _held(optimizer: Optimizer, delta, weights) -> Formats:
-  """The formats of the leaves that are stepped alone."""
+  """The formats of the leaves that are stepped leaf by leaf."""
   table = [] if delta is None else list(delta.formats.table)
   if optimizer.is_declared:
     known = dict(table)
     for name, x in weights.items():
       if name not in known and pytrees.is_half(x):
-        raise ValueError(f"params{name} is {x.dtype} without a weight format; wrap delta_bits.")
+        raise ValueError(
+          f"params{name} is {x.dtype} and has no weight format. Wrap tx in lowmem.delta_bits."
+        )
       if name not in known and getattr(x, "dtype", None) == jnp.float32:
         table.append((name, DeltaFormat.parse("fp32")))
   return Formats(tuple(table))
 
 
 def _evaluated(mask, like, held):
-  """A mask as Optax takes it, and by name of the leaf."""
-  if callable(mask):  # which sees what an inner transformation sees
+  """A mask as Optax takes it, and by leaf name."""
+  if callable(mask):  # like an inner transformation, it sees float32 leaves
     mask = mask(
       pytrees.map_named(lambda name, x: x.astype(jnp.float32) if held.get(name) else x, like)
     )
   if mask is None:
     return None, {}
-  # Perhaps a prefix.
+  # The mask may be a prefix.
   spread = jax.tree.map(lambda m, x: jax.tree.map(lambda _: bool(m), x), mask, like)
   return mask, pytrees.named_leaves(spread)
 
 
 class _RuleKind(NamedTuple):
-  """What leaves with the same rule share: static.
+  """The static properties that leaves with the same rule share.
 
   Attributes:
     decays: their weight-decay mask, None without one.
-    paths: the paths of their statistics, as in `_Place`.
+    paths: the paths of their statistics, as in ``_Place``.
     is_scaled: whether the step multiplies the gradients by a factor.
-    folds: whether the gradients go into the statistics alone.
+    folds: whether the gradients enter the statistics alone.
   """
 
   decays: bool | None
@@ -404,14 +407,14 @@ class _RuleKind(NamedTuple):
 
 
 class _Kind(NamedTuple):
-  """What leaves share that one kernel can step: static.
+  """The static properties of leaves that one kernel can step together.
 
   Attributes:
     rule: the rule's kind.
     weight: the weights' format.
     formats: the statistics' formats.
     gradient: the gradients' dtype.
-    implementation: as `pallas_kernels.fused_update` takes it.
+    implementation: as in ``pallas_kernels.fused_update``.
   """
 
   rule: _RuleKind
@@ -424,7 +427,8 @@ class _Kind(NamedTuple):
 def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:
   """(kind, names) of the leaves that are stepped together: all small ones of a kind.
 
-  Rows of whole blocks apart, which a kernel takes on a mesh, too.
+  Leaves with rows of whole blocks form a group of their own, because a kernel takes
+  them on a mesh, too.
   """
   small: dict[tuple[_Kind, bool], list[str]] = {}
   for name, kind in kinds.items():
@@ -445,7 +449,7 @@ def _leaves(tree):
 
 
 def _places(quantized, inner_state, params, held: Formats) -> list[_Place] | None:
-  """What the leaves of inner's state are; None where the composed path has to do the step."""
+  """The places of the leaves in inner's state; None if the composed path must step."""
   weights = dict(_leaves(params))
   places = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=_is_blocks):
