@@ -70,9 +70,15 @@ def fused_update(
       to be had.
 
   Examples:
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels import StateFormat, fused_update, split
     >>> momentum = lambda g, w, m: (-0.1 * (g + 0.9 * m[0]), [g + 0.9 * m[0]])
+    >>> low, delta = split(jnp.ones((4, 32)), "bf16+8", key=0)
+    >>> g, m = jnp.full((4, 32), 0.5, jnp.bfloat16), jnp.zeros((4, 32), jnp.bfloat16)
     >>> low, delta, (m,) = fused_update(
-    ...     momentum, g, low, delta, [m], "bf16+8", [StateFormat("int8")], key=0)
+    ...     momentum, g, low, delta, [m], "bf16+8", [StateFormat("bf16")], key=0)
+    >>> print(low[0, 0], m[0, 0])
+    0.949219 0.5
 
   References:
     [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
