@@ -89,6 +89,8 @@ html_theme_options = {
 
 def _markdown(app, what, name, obj, options, lines):
   """Turns a docstring's Markdown into reStructuredText: links, and `code`s with a plural s."""
+  if what == "class" and type(obj) is not type:  # NNX's metaclass hides the constructor
+    lines += ["", *inspect.getdoc(obj.__init__).splitlines()]
   text = "\n".join(lines)
   text = re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r"`\1 <\2>`__", text)
   text = re.sub(r"(``[^`\n]+``|`[^`\n]+`)(?=([a-z])?)", lambda m: m[1] + r"\ " * bool(m[2]), text)
