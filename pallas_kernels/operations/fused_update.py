@@ -1,10 +1,10 @@
-"""fused_update: a leaf's whole optimizer step, gradient in, stored weight and statistics out.
+"""fused_update: the whole optimizer step of a leaf.
 
-Weight and statistics are read from their formats, an elementwise rule is
-applied in float32, and both are stored again, in place where the buffers are
-donated. A block's scale needs its largest value before the first of its codes
-can be written, so XLA makes two passes over memory, keeping 16 bits a scale
-between them; the kernel holds a tile of blocks in registers and makes one.
+The step reads weight and statistics from their formats, applies an elementwise rule
+in float32, and stores both again, in place if the buffers are donated. The codes of
+a block depend on its largest value. So XLA makes two passes over memory, with 16
+bits a scale between them. The kernel holds a tile of blocks in registers and makes
+one pass.
 """
 
 from collections.abc import Sequence
@@ -44,46 +44,57 @@ def fused_update(
   """Applies an elementwise optimizer to a weight and statistics in their formats.
 
   Args:
-    rule: `(gradient, master weight, statistics) -> (update, statistics)`,
-      float32 arrays of one shape, elementwise. It may close over scalars.
-    gradient: any real float dtype, [...].
-    low: the weight, in the format's dtype, [...].
-    delta: its residual as `split` packed it; None where there is none.
-    statistics: as `state_formats.quantize` stores them.
-    fmt: the weight's format.
-    statistic_formats: the statistics' formats.
-    key: an integer seed or a `jax.random` key: the weight rounds by lane 0 of
-      its stream, each pair of statistics by the halves of a further lane.
-    when: a bool; where it is False nothing changes, bit for bit.
-    implementation: "xla"; "mosaic_gpu" (residuals of 0, 8 or 16 bits,
-      statistics in "bf16", "fp16" or "int8"; a leaf whose rows end in a short
-      block is XLA's); or None, which takes the kernel on GPUs from Hopper
-      on if a statistic has block scales and the gradient is not wider than the
-      weight, and XLA elsewhere. XLA's program for one CPU is `programs.cpu`.
+    rule: an elementwise function
+      ``(gradient, master, statistics) -> (update, statistics)`` of float32 arrays
+      of one shape. It may close over scalars.
+    gradient: [...], any real float dtype.
+    low: the weight [...], in the format's dtype.
+    delta: its residual, packed by :func:`pallas_kernels.split`; None if the format
+      has none.
+    statistics: the statistics [...], each stored in its format: an array for
+      ``"fp32"`` and ``"bf16"``, otherwise codes and scales
+      (``state_formats.Blocks``).
+    fmt: the format of the weight, for example ``"bf16+8"``.
+    statistic_formats: a :class:`pallas_kernels.StateFormat` for each statistic.
+    key: an integer seed or a ``jax.random`` key. The weight rounds with lane 0 of
+      the key's stream, each pair of statistics with the halves of a further lane.
+    when: a bool scalar. If it is False, nothing changes, bit for bit.
+    implementation: None, ``"xla"`` or ``"mosaic_gpu"`` (residuals of 0, 8 or 16
+      bits; statistics in ``"bf16"``, ``"fp16"`` or ``"int8"``; XLA steps large leaves
+      whose rows end in a short block, unless the kernel's tiles cover nearly all of
+      them). None takes the kernel on GPUs from Hopper on if a statistic has block
+      scales and the gradient is no wider than the weight. Otherwise it takes XLA,
+      which works in chunks on one CPU.
 
   Returns:
-    The new (low, delta, statistics).
+    The new ``(low, delta, statistics)``.
 
   Raises:
-    TypeError: if a dtype is not its format's.
-    ValueError: if shapes do not belong together, or an implementation is not
-      to be had.
+    TypeError: if the gradient is not a real float, or low does not have its
+      format's dtype.
+    ValueError: if shapes, residual or statistics do not match the formats, if the
+      rule is not elementwise, or if the platform lacks the implementation.
 
   Examples:
     >>> import jax.numpy as jnp
     >>> from pallas_kernels import StateFormat, fused_update, split
-    >>> momentum = lambda g, w, m: (-0.1 * (g + 0.9 * m[0]), [g + 0.9 * m[0]])
+    >>> def momentum(gradient, master, statistics):
+    ...   trace = gradient + 0.9 * statistics[0]
+    ...   return -0.1 * trace, [trace]
     >>> low, delta = split(jnp.ones((4, 32)), "bf16+8", key=0)
-    >>> g, m = jnp.full((4, 32), 0.5, jnp.bfloat16), jnp.zeros((4, 32), jnp.bfloat16)
-    >>> low, delta, (m,) = fused_update(
-    ...     momentum, g, low, delta, [m], "bf16+8", [StateFormat("bf16")], key=0)
-    >>> print(low[0, 0], m[0, 0])
-    0.949219 0.5
+    >>> gradient, trace = jnp.ones((4, 32)), jnp.zeros((4, 32), jnp.bfloat16)
+    >>> low, delta, (trace,) = fused_update(
+    ...   momentum, gradient, low, delta, [trace], "bf16+8", [StateFormat("bf16")], key=0
+    ... )
+    >>> print(low[0, 0], delta.dtype, trace[0, 0])
+    0.898438 int8 1
 
   References:
-    [Memory Efficient Mixed-Precision Optimizers](https://arxiv.org/abs/2309.12381),
-    section 3.1; [8-bit Optimizers via Block-wise
-    Quantization](https://arxiv.org/abs/2110.02861)
+    `Memory Efficient Mixed-Precision Optimizers
+    <https://arxiv.org/abs/2309.12381>`__, section 3.1
+
+    `8-bit Optimizers via Block-wise Quantization
+    <https://arxiv.org/abs/2110.02861>`__
   """
   leaf = Leaf(gradient, low, delta, list(statistics), stream_keys(key_words(key))[0])
   fmt = DeltaFormat.parse(fmt)
@@ -95,16 +106,16 @@ def fused_update_leaves(
   implementation: implementations.Implementation | None, index: jax.Array | None = None,
   lands: bool = False,
 ) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
-  """`fused_update` of leaves with the same rule and formats; small ones share programs.
+  """``fused_update`` of leaves with the same rule and formats; small ones share programs.
 
-  With an index, each leaf but its gradient is a stack of arrays, of which the
-  one at that place is stepped: in place, with the random bits of the stack's
-  elements. An array of a stack is no scalar.
+  With an index, every part of a leaf except its gradient is a stack of arrays. The
+  array at the index is stepped in place, with the random bits of the stack's
+  elements. It is not a scalar.
 
-  With lands, the new weight is one that `optax.apply_updates` reaches from the old
-  one, by `arithmetic.landing_update`, and the residual belongs to it.
+  With lands, ``optax.apply_updates`` reaches the new weight from the old one, by
+  ``arithmetic.landing_update``, and the residual belongs to that weight.
 
-  A rule that returns None for the update leaves the weight as it is.
+  A rule that returns None as the update leaves the weight unchanged.
   """
   check(leaves, fmt, statistic_formats, index)
   rest = hoisted_rule(rule, len(statistic_formats), leaves[0].gradient.shape)
@@ -114,7 +125,7 @@ def fused_update_leaves(
 
 
 def hoisted_rule(rule: Rule, count: int, shape: tuple[int, ...], scalars=()) -> Hoisted:
-  """The rule of leaves with count statistics, traced on arrays of a shape and on scalars."""
+  """Hoists the rule of leaves with count statistics, traced on a shape and on scalars."""
   x = jax.ShapeDtypeStruct(shape or (1,), jnp.float32)
   return Hoisted(rule, (x, x, [x] * count), scalars)
 
@@ -124,7 +135,7 @@ def step_leaves(
   implementation: implementations.Implementation | None, index: jax.Array | None = None,
   lands: bool = False,
 ) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
-  """`fused_update_leaves` of a `hoisted_rule` and its scalars, and of leaves that are checked."""
+  """``fused_update_leaves`` of a ``hoisted_rule`` and its scalars; expects checked leaves."""
   formats = (fmt, tuple(statistic_formats))
   leaves, reason = list(leaves), _unfit(fmt, statistic_formats)
   if implementation is not None:
@@ -137,26 +148,26 @@ def step_leaves(
   shards = None if mesh is None else sharded.Shards.of(leaves, mesh, index is not None)
   if shards is not None:
     shapes, stacks = shards.shapes, shards.stacks
-  # A rule that holds programs of its own takes only the shapes that it was traced with.
+  # A rule that contains programs takes only the shapes that it was traced with.
   known = shapes[:1] if rest.takes_any_shape else shapes
   rules = {shape or (1,): rest.at(shape or (1,)) for shape in known}
   is_flat = rest.takes_any_shape and not rest.is_wide
   takes_kernel = not reason and is_flat
   is_whole = mesh is None and index is None
   takes_kernel &= all(mosaic_gpu.takes(*of, is_whole) for of in zip(shapes, stacks, strict=True))
-  # New weights that are to land are written where the gradients were.
+  # With lands, the kernel writes the new weights to the gradients' memory.
   takes_kernel &= not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
   takes_kernel &= mesh is None or (shards is not None and shards.fit_words)
   kernel = functools.partial(mosaic_gpu.step, rules, formats, lands)
   if implementation == "mosaic_gpu" and takes_kernel:
     if shards is not None:
       return shards.each(kernel)(scalars, leaves, when, index)
-    if implementations.interpreter_is_forced():  # its effects are none of by_device's
+    if implementations.interpreter_is_forced():  # by_device would hide its effects
       return kernel(scalars, leaves, when, index)
     several = {"gpus": _refuse} | _on_shards(rules, formats, lands, leaves)
     return by_device({"any": kernel} | several, scalars, leaves, when, index)
-  # A float32 gradient of a 16-bit weight is the result of something (unscaling, clipping) that
-  # XLA fuses into its own passes and would have to write to memory for a kernel.
+  # A float32 gradient of a 16-bit weight comes from another operation (unscaling, clipping). XLA
+  # fuses that into its own passes, but for a kernel it would write the gradient to memory.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
   is_chunked = is_flat and all(cpu.takes(leaf, fmt) for leaf in leaves)
@@ -167,7 +178,7 @@ def step_leaves(
     "gpu": functools.partial(by_xla, contracts=True, joins=is_flat),
     "gpus": functools.partial(by_xla, contracts=True),
   }
-  if mesh is not None and shards is None:  # XLA moves what belongs together
+  if mesh is not None and shards is None:  # XLA moves the operands
     programs["gpu"] = programs["gpus"]
     run, old = functools.partial(by_device, programs), [leaf[1:4] for leaf in leaves]
     return sharded.automatic_in_place(run, mesh, old, scalars, leaves, when, index)
@@ -210,7 +221,7 @@ def _refuse(*args):
 
 
 def check(leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, index):
-  """Raises for dtypes and shapes that are not those of the formats and of each other."""
+  """Raises if dtypes or shapes do not match the formats or each other."""
   for leaf in leaves:
     _check(leaf, fmt, statistic_formats, index)
 
@@ -219,12 +230,14 @@ def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
   gradient, low, delta, statistics = leaf[:4]
   checks.residual(low, delta, fmt)
   if gradient.shape != low.shape[0 if index is None else 1 :]:
-    raise ValueError(f"The gradient has the weight's shape {low.shape}; got {gradient.shape}.")
+    raise ValueError(
+      f"The gradient must have the weight's shape {low.shape}; got {gradient.shape}."
+    )
   if not jnp.issubdtype(gradient.dtype, jnp.floating):
-    raise TypeError(f"The gradient is a real float; got {gradient.dtype}.")
+    raise TypeError(f"The gradient must be a real float; got {gradient.dtype}.")
   if len(statistics) != len(statistic_formats):
     raise ValueError(
-      f"{len(statistics)} statistics have {len(statistic_formats)} formats; each has one."
+      f"{len(statistics)} statistics have {len(statistic_formats)} formats; each needs one."
     )
   for stored, f in zip(statistics, statistic_formats, strict=True):
     found, wanted = (
@@ -232,7 +245,9 @@ def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
       for tree in (stored, state_formats.stored_struct(low.shape, f))
     )
     if found != wanted:
-      raise ValueError(f"A statistic in {f.name!r} of shape {low.shape} is {wanted}; got {found}.")
+      raise ValueError(
+        f"A statistic in {f.name!r} of shape {low.shape} must be {wanted}; got {found}."
+      )
 
 
 def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
