@@ -1,8 +1,8 @@
-"""hoist: an elementwise function, split into scalars that are computed once and the rest.
+"""hoist: splits an elementwise function into scalars, computed once, and the rest.
 
-The bits of the rest need not depend on the program around it: it can be evaluated
-without contracting a multiplication and an addition. The compiler of a GPU kernel always
-contracts; there, the rest chooses which of two products it may contract.
+The rest can be evaluated without contracting multiplications and additions. Its bits
+then do not depend on the program around it. The compiler of a GPU kernel always
+contracts; there, the rest chooses which of two products the compiler may contract.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formats.arithmetic import keep_apart, rounded, sign_of
 
-# No compiler contracts these with an addition. The result of any other may be a product.
+# No compiler contracts these with an addition. Any other result may be a product.
 _NO_PRODUCTS = {
   "add", "sub", "div", "sqrt", "rsqrt", "cbrt", "max", "min", "clamp", "select_n", "sign", "abs",
   "exp", "log", "pow", "tanh", "logistic", "floor", "ceil", "round",
@@ -24,7 +24,7 @@ _NO_PRODUCTS = {
 
 _SUMS = (jax.lax.add_p, jax.lax.sub_p)
 
-# These keep an array's shape and are still not elementwise.
+# These keep an array's shape but are not elementwise.
 _NOT_ELEMENTWISE = (
   "cum", "sort", "rev", "fft", "iota", "random", "threefry", "gather", "scatter", "dynamic", "roll",
   "conv_general", "dot", "triangular", "cholesky", "while", "scan",
@@ -32,7 +32,7 @@ _NOT_ELEMENTWISE = (
 
 
 def hoist(f: Callable, structs) -> tuple[list[jax.Array], "Hoisted"]:
-  """`Hoisted(f, structs)` and its scalars, for a function that takes arrays alone."""
+  """``Hoisted(f, structs)`` and its scalars, for a function of arrays alone."""
   hoisted = Hoisted(f, structs)
   return hoisted.scalars(), hoisted
 
@@ -44,25 +44,26 @@ class Hoisted:
   kernel's body may not, and has no power function for a bias correction.
 
   Attributes:
-    takes_any_shape: whether arrays of another common shape are accepted.
+    takes_any_shape: whether it also accepts arrays of another common shape.
     is_wide: whether scalars turn its arrays into float64.
-    closes_over_tracers: whether it is valid in one trace only.
+    closes_over_tracers: whether it closes over tracers, so it is valid in one trace
+      only.
   """
 
   def __init__(self, f: Callable, structs, scalars=()):
-    """Traces f and takes it apart.
+    """Traces f and splits it.
 
     Args:
-      f: a function of arrays of one shape, which is not (), then of scalars.
-      structs: the arrays, a tuple of trees of `jax.ShapeDtypeStruct`.
-      scalars: the scalars, likewise.
+      f: a function of arrays of one shape other than (), then of scalars.
+      structs: the arrays, as a tuple of trees of ``jax.ShapeDtypeStruct``.
+      scalars: the scalars, in the same form.
 
     Raises:
       ValueError: if f is not elementwise, or closes over an array.
     """
     self._f, self._scalars = f, scalars
     closed, self._out = jax.make_jaxpr(f, return_shape=True)(*structs, *scalars)
-    # Again, with the functions under jit inlined: they may compute scalars and arrays.
+    # Traces again with jitted functions inlined, because they may compute scalars and arrays.
     self._args, self._structs = structs, jax.tree.leaves(structs)
     flat = jax.tree.leaves((structs, scalars))
     closed = jax.make_jaxpr(lambda *args: _inlined(closed.jaxpr, closed.consts, args))(*flat)
@@ -71,7 +72,7 @@ class Hoisted:
     self._known = [*jaxpr.constvars, *jaxpr.invars[len(self._structs) :]]
     self._before, self._eqns = _parted(jaxpr.eqns, self._known)
     known = {*self._known, *(var for eqn in self._before for var in eqn.outvars)}
-    # Scalars in the rest, by variable: where they are passed. Those of `_inverted` are divisors.
+    # The scalars that the rest reads: variable -> position. Those in `_inverted` are divisors.
     self._used: dict[Var, int] = {}
     self._inverted: dict[Var, int] = {}
     self._find_passed(known)
@@ -92,7 +93,7 @@ class Hoisted:
     self.closes_over_tracers = any(isinstance(x, jax.core.Tracer) for x in self._consts)
 
   def at(self, shape: tuple[int, ...]) -> "Hoisted":
-    """The function's parts for arrays of another shape."""
+    """The same function, split for arrays of another shape."""
     if self.takes_any_shape or all(x.shape == shape for x in self._structs):
       return self
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype), self._args)
@@ -112,12 +113,12 @@ class Hoisted:
   def _pass(self, places: dict[Var, int], var: Var):
     if shape := getattr(var.aval, "shape", ()):
       raise ValueError(
-        f"A rule closes over scalars alone; this one closes over an array of shape {shape}."
+        f"A rule may close over scalars only; this one closes over an array of shape {shape}."
       )
     places.setdefault(var, len(self._used) + len(self._inverted))
 
   def scalars(self, *values) -> list[jax.Array]:
-    """Computes the scalars that the rest reads, from the function's own."""
+    """Computes the scalars that the rest reads from the scalars of the function."""
     env = dict(zip(self._known, [*self._consts, *jax.tree.leaves(values)], strict=True))
     for eqn in self._before:
       evaluate(eqn, env, env)
@@ -125,25 +126,25 @@ class Hoisted:
     places |= {i: 1 / env[var] for var, i in self._inverted.items()}
     found = [places[i] for i in range(len(places))]
     found = [rounded(x) if _is_float(x) else x for x in found]
-    return [*found, jnp.zeros((), jnp.float32)]  # the last is `keep_apart`'s
+    return [*found, jnp.zeros((), jnp.float32)]  # the last is the zero of `keep_apart`
 
   def __call__(
     self, scalars, *args, contracts: bool = False, products: Sequence[bool] | None = None, keep=None
   ):
     """Evaluates the rest, which closes over no tracer.
 
-    A division by a scalar is a multiplication by its reciprocal: an error of 1 ulp, for
-    divisors up to 2**126.
+    A division by a scalar becomes a multiplication by its reciprocal, with an error
+    of 1 ulp for divisors up to 2**126.
 
     Args:
-      scalars: what `scalars` returned.
+      scalars: the result of ``scalars``.
       *args: arrays of one shape, in trees like structs.
       contracts: whether a compiler may contract multiplications and additions.
-      products: in a Mosaic GPU kernel, which of the arrays may be products.
-      keep: a barrier for results that the rest itself reads.
+      products: in a Mosaic GPU kernel, for each array whether it may be a product.
+      keep: a barrier for those results that the rest itself reads.
 
     Returns:
-      f's results.
+      The results of f.
     """
     if products is not None:
       given = {var for var, is_one in zip(self._invars, products, strict=True) if is_one}
@@ -173,7 +174,7 @@ class Hoisted:
 
 
 def _parted(eqns, known):
-  """The equations that compute scalars of known scalars alone, and the others."""
+  """The equations that compute scalars from known scalars alone, and the others."""
   known, before, after = set(known), [], []
   for eqn in eqns:
     is_scalar = {x for x in eqn.invars if not isinstance(x, Literal)} <= known
@@ -186,12 +187,12 @@ def _parted(eqns, known):
 
 
 def _calls(eqn) -> bool:
-  """Whether an equation holds a program of its own, on arrays of the shapes it was traced with."""
+  """Whether an equation contains a program, which takes only the shapes it was traced with."""
   return any(hasattr(x, "jaxpr") or hasattr(x, "eqns") for x in jax.tree.leaves(eqn.params))
 
 
 def _check_elementwise(eqns, shapes):
-  """Raises for what mixes elements; of arrays of several shapes only by its name."""
+  """Raises for an equation that mixes elements; with several shapes, its name alone decides."""
   one_shape = len(shapes) == 1 and () not in shapes
   for eqn in eqns:
     name, outs = eqn.primitive.name, [getattr(x.aval, "shape", ()) for x in eqn.outvars]
@@ -201,14 +202,14 @@ def _check_elementwise(eqns, shapes):
       mixes = name.startswith(_NOT_ELEMENTWISE) or (one_shape and not set(outs) <= shapes)
     if mixes:
       raise ValueError(
-        f"An optimizer that steps one leaf at a time is elementwise; this one uses {name!r} of"
-        f" {', '.join(str(x.aval) for x in eqn.invars)}. (Clipping by norms, trust ratios, noise"
-        " and the like see more than one element.)"
+        f"An optimizer that steps one leaf at a time must be elementwise; this one uses {name!r} of"
+        f" {', '.join(str(x.aval) for x in eqn.invars)}. (Clipping by norms, trust ratios and noise"
+        " depend on more than one element.)"
       )
 
 
 def _inlined(jaxpr, consts, args):
-  """Evaluates a jaxpr, and what it calls under jit as part of it."""
+  """Evaluates a jaxpr, with its jitted functions inlined."""
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "jit":
@@ -216,7 +217,7 @@ def _inlined(jaxpr, consts, args):
       results = _inlined(called.jaxpr, called.consts, read(env, eqn.invars))
       env |= dict(zip(eqn.outvars, results, strict=True))
     elif eqn.primitive is jax.lax.integer_pow_p and eqn.params["y"] in (1, 2):
-      (x,) = read(env, eqn.invars)  # Optax's g**1, which Mosaic GPU has no lowering for
+      (x,) = read(env, eqn.invars)  # Optax's g**1; Mosaic GPU has no lowering for it
       env[eqn.outvars[0]] = x if eqn.params["y"] == 1 else x * x
     else:
       evaluate(eqn, env)
@@ -229,7 +230,7 @@ def read(env, variables) -> list[Any]:
 
 
 def evaluate(eqn, env, products=frozenset()):
-  """Adds an equation's results to env; of a sum, rounds the terms that are in products."""
+  """Adds an equation's results to env; in a sum, rounds the terms that are in products."""
   operands = read(env, eqn.invars)
   if products and eqn.primitive in _SUMS and _is_float(operands[0]):
     pairs = zip(eqn.invars, operands, strict=True)
@@ -238,12 +239,12 @@ def evaluate(eqn, env, products=frozenset()):
 
 
 def _evaluate_in_kernel(eqn, env, products, zero):
-  """`evaluate` for Mosaic GPU."""
+  """``evaluate`` for Mosaic GPU."""
   operands = read(env, eqn.invars)
   is_float = _is_float(operands[0]) if operands else False
   if is_float and eqn.primitive in _SUMS and all(_is_in(x, products) for x in eqn.invars):
-    # LLVM contracts one of two products, in one kernel this, in another that one. The first is
-    # Optax's share of the gradient: the smaller error.
+    # LLVM contracts either of two products, not the same one in every kernel. This rounds the
+    # first: Optax's share of the gradient, where rounding is the smaller error.
     operands[0] = keep_apart(operands[0], zero)
   if is_float and eqn.primitive is jax.lax.sign_p:
     env[eqn.outvars[0]] = sign_of(operands[0])
