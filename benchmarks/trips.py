@@ -1,10 +1,10 @@
-"""How far a reader, and Python, travel through our code for one step.
+"""Counts how far one step travels through our code.
 
     python -m benchmarks.trips
 
-Traces and lowers an optimizer's step and counts, with `sys.setprofile`, the calls of
-functions in `optax_lowmem` and `pallas_kernels`, the modules and functions they visit, how
-often control passes from one module to another, and how often a rule is hoisted.
+The script traces and lowers an optimizer's step under ``sys.setprofile``. It counts the
+calls of functions in ``optax_lowmem`` and ``pallas_kernels``, the modules and functions
+visited, the changes from one module to another, and the rules that are hoisted.
 """
 
 import argparse
@@ -24,15 +24,16 @@ ROOTS = tuple(str(pathlib.Path(x.__file__).parent) for x in (lowmem, pallas_kern
 
 
 class Trips(NamedTuple):
-  """What a profile counts of our code.
+  """The counts of a profile of our code.
 
   Attributes:
-    calls: calls of a function or the resumption of a generator.
+    calls: calls of functions and resumptions of generators.
     modules: files visited.
     functions: functions visited.
-    changes: calls whose caller, the last of ours on the stack, is in another file.
-    hoists: rules traced and taken apart (`pallas_kernels.programs.hoist`).
-    of: calls by (module, function).
+    changes: calls whose caller, the last function of ours on the stack, is in
+      another file.
+    hoists: rules traced and split (``pallas_kernels.programs.hoist``).
+    of: calls by (file, function).
   """
 
   calls: int
@@ -44,7 +45,7 @@ class Trips(NamedTuple):
 
 
 def count(run: Callable[[], object]) -> Trips:
-  """Runs a function under a profile."""
+  """Runs a function under the profile."""
   calls: collections.Counter = collections.Counter()
   changes, stack = 0, []
 
@@ -71,17 +72,17 @@ def count(run: Callable[[], object]) -> Trips:
 
 
 def shapes(n: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """One leaf of 64 x 128, or n of other shapes as well."""
+  """The structs of n leaves: the first is 64 x 128, each next one has twice the rows."""
   return {f"w{i}": jax.ShapeDtypeStruct((64 << i, 128), jnp.float32) for i in range(n)}
 
 
 def step(n: int) -> Callable[[], object]:
-  """Traces and lowers `lowmem.step` of AdamW on n leaves."""
+  """A function that traces and lowers ``lowmem.step`` of AdamW on n leaves."""
   return _lowering(n, lambda tx: lambda g, s, p: lowmem.step(tx, g, s, p))
 
 
 def update(n: int) -> Callable[[], object]:
-  """The same through `tx.update`."""
+  """A function that traces and lowers ``tx.update`` of AdamW on n leaves."""
   return _lowering(n, lambda tx: tx.update)
 
 
@@ -92,7 +93,7 @@ def _lowering(n, make):
 
 
 def released(n: int) -> Callable[[], object]:
-  """Traces and lowers a step of `lowmem.fused_backward`."""
+  """A function that traces and lowers a step of ``lowmem.fused_backward``."""
   tx = lowmem.adamw(1e-3)
   params, state = jax.eval_shape(lambda p: lowmem.init(tx, p), shapes(n))
 
@@ -104,11 +105,13 @@ def released(n: int) -> Callable[[], object]:
 
 
 def main():
-  """Prints a row for each way to step."""
+  """Prints a row for each kind of step."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--top", type=int, default=0, help="the functions that are called most")
+  parser.add_argument(
+    "--top", type=int, default=0, help="how many of the most called functions to print"
+  )
   args = parser.parse_args()
   print(f"{'':34}{'calls':>8}{'modules':>9}{'functions':>11}{'changes':>9}{'hoists':>8}")
   for name, make, n in [
