@@ -49,7 +49,7 @@ def fused_update(
       of one shape. It may close over scalars.
     gradient: [...], any real float dtype.
     low: the weight [...], in the format's dtype.
-    delta: its residual, packed by :func:`pallas_kernels.split`; None if the format
+    delta: its residual, packed by :func:`optax_lowmem.split`; None if the format
       has none.
     statistics: the statistics [...], each stored in its format: an array for
       ``"fp32"`` and ``"bf16"``, otherwise codes and scales
