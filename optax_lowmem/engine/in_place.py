@@ -45,8 +45,7 @@ def step(optimizer: Optimizer, updates, state, params):
     # XLA fuses a member in front (clipping) into its own passes. Before a kernel, it writes a
     # copy of the leaf's gradient, which must be a small part of all gradients.
     is_copied = id(g) not in session.given and jnp.size(g) * 16 > total
-    how = "xla" if optimizer.implementation is None and is_copied else optimizer.implementation
-    return Gradient(jnp.asarray(g), factor, how)
+    return Gradient(jnp.asarray(g), factor, optimizer.implementation, is_copied)
 
   sources = {name: source(gradients[name]) for name in steps.held.by_name}
   rest_updates, rest = steps.step_rest(updates)
@@ -68,10 +67,13 @@ def update(optimizer: Optimizer, updates, state, params):
 
   Returns:
     (updates, state); None if the composed transformation must update instead. With
-    float32 statistics alone, it does, because its bits are Optax's own.
+    float32 statistics alone, or if the optimizer also steps float32 weights, it
+    does, because its bits are Optax's own.
   """
   steps = LeafSteps.of(optimizer, state, params, updates)
   if steps is None or not steps.has_narrow_statistics:
+    return None
+  if any(fmt.is_full_precision for _, fmt in steps.held.table):
     return None
   gradients = pytrees.named_leaves(updates)
   sources = {

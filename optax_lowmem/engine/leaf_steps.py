@@ -71,11 +71,13 @@ class Gradient(NamedTuple):
     value: the array; for a stack of layers, the gradient of one layer.
     factor: a float32 scalar to multiply it by, or None.
     implementation: as in ``pallas_kernels.fused_update``.
+    is_copied: whether a kernel needs a copy of it that XLA's own passes do not.
   """
 
   value: jax.Array
   factor: jax.Array | None = None
   implementation: implementations.Implementation | None = None
+  is_copied: bool = False
 
 
 class Stored(NamedTuple):
@@ -161,8 +163,9 @@ class Optimizer:
 def _step_group(rule: Hoisted, kind: "_Kind", leaves, scalars, taken, index, lands=False):
   check(leaves, kind.weight, kind.formats, index)
   return step_leaves(
-    rule, scalars, leaves, kind.weight, kind.formats, taken, kind.implementation, index, lands
-  )
+    rule, scalars, leaves, kind.weight, kind.formats, taken, kind.implementation, index, lands,
+    kind.is_copied,
+  )  # fmt: skip
 
 
 class LeafSteps:
@@ -296,6 +299,7 @@ class LeafSteps:
       tuple(place.format for place in places),
       jnp.result_type(gradient.value),
       gradient.implementation,
+      gradient.is_copied,
     )
 
   def step_rest(self, updates):
@@ -415,6 +419,7 @@ class _Kind(NamedTuple):
     formats: the statistics' formats.
     gradient: the gradients' dtype.
     implementation: as in ``pallas_kernels.fused_update``.
+    is_copied: as in `Gradient`.
   """
 
   rule: _RuleKind
@@ -422,6 +427,7 @@ class _Kind(NamedTuple):
   formats: tuple[StateFormat, ...]
   gradient: Any
   implementation: implementations.Implementation | None
+  is_copied: bool
 
 
 def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:

@@ -174,7 +174,7 @@ def _refuse(update):
   for member in _members(update):
     if not any(hasattr(member, x) for x in ("optimizer", "advance")):
       name = getattr(member, "__qualname__", type(member).__name__).split(".")[0]
-      names.append({"quantize": "quantize_state", "delta_bits_of": "delta_bits"}.get(name, name))
+      names.append("quantize_state" if name == "quantize" else name)
   # Names a member with a known alternative first.
   names.sort(key=lambda name: name not in _INSTEAD)
   name = names[0] if names else "loss scale" if hasattr(update, "advance") else "chain"

@@ -31,7 +31,7 @@ def delta_bits(
   *,
   key: jax.typing.ArrayLike = 0,
   update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
-  elementwise: bool = False,
+  elementwise: bool | Optimizer = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Stores float32 master weights as half-precision weights and a few residual bits.
 
@@ -94,43 +94,19 @@ def delta_bits(
   """
   inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
   optimizer = None
-  if elementwise:
-    declared = getattr(inner.update, "optimizer", None)  # of quantize_state(elementwise=True)
-    optimizer = declared or Optimizer.declared(inner)
-    if declared is None:
+  if isinstance(elementwise, Optimizer):  # one of our own
+    optimizer = elementwise
+  elif elementwise:
+    optimizer = getattr(inner.update, "optimizer", None)  # of quantize_state(elementwise=True)
+    if optimizer is None:
+      optimizer = Optimizer.declared(inner)
       update = functools.partial(portable_update, inner)
       inner = optax.GradientTransformationExtraArgs(inner.init, update)
-  return delta_bits_of(inner, weights, key, update_dtype, optimizer)
-
-
-def delta_bits_of(
-  inner: optax.GradientTransformationExtraArgs,
-  weights: Weights,
-  key,
-  update_dtype,
-  optimizer: Optimizer | None,
-) -> optax.GradientTransformationExtraArgs:
-  """``delta_bits`` around inner, which an elementwise optimizer can step leaf by leaf.
-
-  Args:
-    inner: the transformation to wrap.
-    weights: as in ``delta_bits``.
-    key: as in ``delta_bits``.
-    update_dtype: as in ``delta_bits``.
-    optimizer: inner as an elementwise optimizer, perhaps with quantized
-      statistics; None if inner is not elementwise.
-
-  Returns:
-    The transformation.
-  """
   _refuse_half_hyperparameters(inner)
   _check_update_dtype(update_dtype)
   if not callable(weights):
     weights = jax.tree.map(DeltaFormat.parse, weights)
   starts_at_zero = getattr(inner.init, "starts_at_zero", False)
-  # A declared optimizer's updates keep Optax's own bits.
-  is_ours = optimizer is not None and not optimizer.is_declared
-  updater = optimizer if is_ours and update_dtype != "gradient" else None
 
   def init_fn(params):
     return _init(inner, weights, key, starts_at_zero, params)
@@ -144,10 +120,11 @@ def delta_bits_of(
     session = sessions.current(sessions.StepSession)
     new = None
     # Our own optimizers take no extra arguments; a declared one may read them.
-    if session is not None and optimizer is not None and (is_ours or not extra_args):
-      new = in_place.step(optimizer, updates, state, params)
-    elif session is None and updater is not None:
-      new = in_place.update(updater, updates, state, params)
+    if optimizer is not None and not (optimizer.is_declared and extra_args):
+      if session is not None:
+        new = in_place.step(optimizer, updates, state, params)
+      elif update_dtype != "gradient":
+        new = in_place.update(optimizer, updates, state, params)
     if new is None:
       new = _composed(inner, update_dtype, session, updates, state, params, extra_args)
     return new
@@ -270,7 +247,11 @@ def _columns(pairs, fmt):
 def _check_update_dtype(update_dtype):
   if update_dtype == "gradient":
     return
-  if isinstance(update_dtype, str) or jnp.dtype(update_dtype) != jnp.float32:
+  try:
+    is_float32 = jnp.dtype(update_dtype) == jnp.float32
+  except TypeError:
+    is_float32 = False
+  if not is_float32:
     raise ValueError(f'update_dtype must be jnp.float32 or "gradient"; got {update_dtype!r}.')
 
 

@@ -8,17 +8,18 @@ including their statistics.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optax_lowmem.engine.leaf_steps import Fold, Optimizer
-from optax_lowmem.transforms.delta_bits import Weights, delta_bits_of
+from optax_lowmem.transforms.delta_bits import Weights, delta_bits
 from optax_lowmem.transforms.quantize_state import DEFAULT, first_format, quantize
 from pallas_kernels.formats.state_formats import Name
 from pallas_kernels.placement import implementations
 from pallas_kernels.placement.implementations import Implementation
 
 Array = jax.typing.ArrayLike
+# `jnp.float32` can be called, so `optax.inject_hyperparams` would take it for a schedule.
+_FLOAT32 = "float32"
 
 
 def adamw(
@@ -36,7 +37,7 @@ def adamw(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
-  update_dtype: Any = jnp.float32,
+  update_dtype: Any = _FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.adamw`` in 5.13 bytes a parameter: weight, residual and both moments.
@@ -115,7 +116,7 @@ def adam(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
-  update_dtype: Any = jnp.float32,
+  update_dtype: Any = _FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.adam`` in 5.13 bytes a parameter: weight, residual and both moments.
@@ -184,7 +185,7 @@ def lion(
   weights: Weights = "bf16+8",
   mu: Name = DEFAULT,
   key: Array = 0,
-  update_dtype: Any = jnp.float32,
+  update_dtype: Any = _FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.lion`` in 4.07 bytes a parameter: weight, residual and momentum.
@@ -247,7 +248,7 @@ def sgd(
   weights: Weights = "bf16+8",
   accumulator: Name = DEFAULT,
   key: Array = 0,
-  update_dtype: Any = jnp.float32,
+  update_dtype: Any = _FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.sgd`` in 4.07 bytes a parameter (3 without momentum).
@@ -306,7 +307,7 @@ def _half(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
   inner = quantize(
     optimizer.make(optimizer.mask), formats, "bf16", key, only_held=True, starts_at_zero=True
   )
-  return delta_bits_of(inner, weights, key, update_dtype, optimizer)
+  return delta_bits(inner, weights, key=key, update_dtype=update_dtype, elementwise=optimizer)
 
 
 def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:

@@ -202,15 +202,19 @@ def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat, across):
   return x_KxB * x_KxB if fmt.is_square else x_KxB
 
 
-def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across):
+def _largest(magnitudes_KxB):
+  return jnp.max(magnitudes_KxB, axis=-1)
+
+
+def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across, largest=_largest):
   """``quantize`` of a tile of blocks: (codes, scales); scales is None if the format has none.
 
-  across broadcasts [K] to [K, B].
+  across broadcasts [K] to [K, B]; largest reduces int32 [K, B] to [K].
   """
   if not fmt.has_scale:
     return quantize(x_KxB, fmt, bits_KxB), None
   x_KxB = jnp.sqrt(x_KxB) if fmt.is_square else x_KxB
-  largest_K = jnp.max(magnitude_bits(x_KxB).astype(_I32), axis=-1).astype(_U32)
+  largest_K = largest(magnitude_bits(x_KxB).astype(_I32)).astype(_U32)
   scale_K = arithmetic.low_of(scale_code(largest_K, fmt), jnp.bfloat16)
   return encode(x_KxB, scale_K, fmt, bits_KxB, across), scale_K
 
@@ -300,7 +304,10 @@ def _keep_positive(x, rounded, fmt: StateFormat):
   """Replaces a zero by the format's smallest value where a second moment was positive."""
   if not fmt.is_square:
     return rounded
-  return jnp.where((x > 0) & (rounded == 0), jnp.finfo(rounded.dtype).smallest_subnormal, rounded)
+  # On bit patterns: a TPU kernel cannot hold float16. The smallest value's pattern is 1.
+  pattern = arithmetic.low_bits_of(rounded)
+  pattern = jnp.where((x > 0) & (pattern == _U32(0)), _U32(1), pattern)
+  return arithmetic.low_of(pattern, rounded.dtype)
 
 
 def _along(scale_K, shape, across=None):

@@ -23,7 +23,7 @@ from pallas_kernels.operations import checks
 from pallas_kernels.placement import implementations, sharded
 from pallas_kernels.placement.by_device import by_device
 from pallas_kernels.placement.partitioned import partitioned
-from pallas_kernels.programs import cpu, mosaic_gpu, tiles, xla
+from pallas_kernels.programs import cpu, mosaic_gpu, mosaic_tpu, tiles, xla
 from pallas_kernels.programs.hoist import Hoisted
 from pallas_kernels.programs.leaf import Leaf, Rule
 
@@ -133,16 +133,18 @@ def hoisted_rule(rule: Rule, count: int, shape: tuple[int, ...], scalars=()) -> 
 def step_leaves(
   rest: Hoisted, scalars, leaves: Sequence[Leaf], fmt: DeltaFormat, statistic_formats, when,
   implementation: implementations.Implementation | None, index: jax.Array | None = None,
-  lands: bool = False,
+  lands: bool = False, is_copied: bool = False,
 ) -> list[tuple[jax.Array, jax.Array | None, list[Any]]]:  # fmt: skip
   """``fused_update_leaves`` of a ``hoisted_rule`` and its scalars; expects checked leaves."""
   formats = (fmt, tuple(statistic_formats))
-  leaves, reason = list(leaves), _unfit(fmt, statistic_formats)
+  leaves = list(leaves)
+  unfit = {name: _unfit(name, fmt, statistic_formats) for name in _KERNELS}
   if implementation is not None:
-    low = leaves[0].low
-    implementation = implementations.resolve(implementation, low, residual_bits=fmt.residual_bits)
-  if implementation == "mosaic_gpu" and reason:
-    raise ValueError(f'"mosaic_gpu" takes {reason}; "xla" takes every format.')
+    implementation = implementations.resolve(
+      implementation, leaves[0].low, residual_bits=fmt.residual_bits, has_tpu_kernel=True
+    )
+  if reason := unfit.get(implementation or ""):
+    raise ValueError(f'"{implementation}" takes {reason}; "xla" takes every format.')
   shapes, stacks = ([getattr(x, name).shape for x in leaves] for name in ("gradient", "low"))
   mesh = sharded.mesh_of([leaf.low for leaf in leaves])
   shards = None if mesh is None else sharded.Shards.of(leaves, mesh, index is not None)
@@ -152,26 +154,35 @@ def step_leaves(
   known = shapes[:1] if rest.takes_any_shape else shapes
   rules = {shape or (1,): rest.at(shape or (1,)) for shape in known}
   is_flat = rest.takes_any_shape and not rest.is_wide
-  takes_kernel = not reason and is_flat
+  fits = is_flat and (mesh is None or (shards is not None and shards.fit_words))
+  # With lands, the new weights replace the gradients; a GPU's kernel has no other memory for them.
+  has_room = not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
   is_whole = mesh is None and index is None
-  takes_kernel &= all(mosaic_gpu.takes(*of, is_whole) for of in zip(shapes, stacks, strict=True))
-  # With lands, the kernel writes the new weights to the gradients' memory.
-  takes_kernel &= not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
-  takes_kernel &= mesh is None or (shards is not None and shards.fit_words)
-  kernel = functools.partial(mosaic_gpu.step, rules, formats, lands)
-  if implementation == "mosaic_gpu" and takes_kernel:
+  kernels = {
+    name: functools.partial(kernel.step, rules, formats, lands)
+    for name, kernel in _KERNELS.items()
+    if fits and not unfit[name] and (has_room or name == "mosaic_tpu")
+    if all(kernel.takes(*of, is_whole) for of in zip(shapes, stacks, strict=True))
+  }
+  if implementation in kernels:
+    kernel = kernels[implementation]
     if shards is not None:
       return shards.each(kernel)(scalars, leaves, when, index)
     if implementations.interpreter_is_forced():  # by_device would hide its effects
       return kernel(scalars, leaves, when, index)
-    several = {"gpus": _refuse} | _on_shards(rules, formats, lands, leaves)
+    several = {"gpus": _refuse, "tpus": _refuse}
+    if implementation == "mosaic_gpu":
+      several |= _on_shards(rules, formats, lands, leaves)
     return by_device({"any": kernel} | several, scalars, leaves, when, index)
   # A float32 gradient of a 16-bit weight comes from another operation (unscaling, clipping). XLA
   # fuses that into its own passes, but for a kernel it would write the gradient to memory.
   is_narrow = all(x.gradient.dtype.itemsize <= x.low.dtype.itemsize for x in leaves)
   has_scales = any(f.has_scale for f in statistic_formats)
   is_chunked = is_flat and all(cpu.takes(leaf, fmt) for leaf in leaves)
-  is_kernel = implementation is None and takes_kernel and is_narrow and has_scales
+  chosen = dict(kernels) if implementation is None else {}
+  # XLA:TPU needs temporaries of several times the gradients, and ten times as long to compile.
+  if is_copied or not is_narrow or not has_scales:
+    chosen.pop("mosaic_gpu", None)
   by_xla = functools.partial(xla.step, rules, formats, lands)
   programs: dict[str, Any] = {
     "any": by_xla,
@@ -184,20 +195,24 @@ def step_leaves(
     return sharded.automatic_in_place(run, mesh, old, scalars, leaves, when, index)
   if is_chunked:
     programs["cpu"] = functools.partial(cpu.step, rules, formats, lands)
-  if is_kernel:
-    programs["mosaic_gpu"] = kernel
+  programs |= chosen
   if shards is not None:
     programs = {kind: shards.each(program) for kind, program in programs.items()}
-  elif is_kernel:
+  elif "mosaic_gpu" in chosen:
     programs |= _on_shards(rules, formats, lands, leaves)
   like = [leaf[1:4] for leaf in leaves]
   return by_device(programs, scalars, leaves, when, index, on_each=shards is not None, like=like)
 
 
+# The programs that are kernels, by the name of the implementation and of the device.
+_KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
+
+
 def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:
   """The program for several GPUs, if the rule takes shards, whose shapes only XLA knows.
 
-  Not for leaves that are replicated on a mesh with Explicit axes.
+  It is not for leaves that are replicated on a mesh with Explicit axes. For several TPUs,
+  JAX has no such program (https://github.com/jax-ml/jax/issues/38196).
   """
   is_explicit = any(sharded.has_explicit_axes(leaf.low) for leaf in leaves)
   if is_explicit or not all(map(tiles.is_in_blocks, (x.gradient.shape for x in leaves))):
@@ -214,9 +229,9 @@ def _on_shards(rules, formats, lands, leaves: Sequence[Leaf]) -> dict[str, Any]:
 
 def _refuse(*args):
   raise ValueError(
-    '"mosaic_gpu" in a program for several GPUs is for NVIDIA GPUs from Hopper on, rules without'
-    " functions of their own (jax.lax.cond, jax.custom_jvp), and weights that are not replicated on"
-    ' a mesh with Explicit axes; "xla" and None take all.'
+    "A kernel in a program for several devices needs NVIDIA GPUs from Hopper on, or TPUs and a mesh"
+    " with Explicit axes; rules without functions of their own (jax.lax.cond, jax.custom_jvp); and,"
+    ' on a mesh with Explicit axes, weights that are sharded. "xla" and None take all.'
   )
 
 
@@ -250,10 +265,10 @@ def _check(leaf: Leaf, fmt: DeltaFormat, statistic_formats, index):
       )
 
 
-def _unfit(fmt: DeltaFormat, statistic_formats) -> str:
-  """What the kernel takes, where a leaf's formats are something else."""
+def _unfit(name: str, fmt: DeltaFormat, statistic_formats) -> str:
+  """The formats that a kernel takes, if a leaf's are others."""
   if fmt.is_full_precision or fmt.residual_bits not in (0, 8, 16):
     return "half-precision weights with residuals of 0, 8 or 16 bits, which need no packing"
-  if any(f.name == "fp32" for f in statistic_formats):
+  if name == "mosaic_gpu" and any(f.name == "fp32" for f in statistic_formats):
     return 'statistics in "bf16", "fp16" or "int8"'
   return ""

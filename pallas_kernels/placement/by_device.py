@@ -9,7 +9,9 @@ the devices.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import functools
+import re
 from typing import Any
 
 import jax
@@ -35,7 +37,8 @@ def by_device(
     programs: a program for each kind of device: "any" (required), "cpu" and
       "gpu" (one device), "cpus" and "gpus" (several, in one program that XLA
       partitions), "mosaic_gpu" and "mosaic_gpus" (NVIDIA GPUs that support the
-      kernels; they default to "gpu" and "gpus"). They close over no tracers.
+      kernels; they default to "gpu" and "gpus"), "mosaic_tpu" and "mosaic_tpus"
+      likewise (TPUs from v5e on). They close over no tracers.
     *args: pytrees of arrays, the arguments of each program.
     on_each: whether each of several devices runs the program alone
       (``jax.shard_map``). Any one of them then determines the kind.
@@ -106,7 +109,21 @@ def _lower(ctx, *args, programs, treedef, result, on_each):
   if on_each and len(set(map(_generation, devices))) == 1:
     devices = devices[:1]
   flat = _flat_program(_kind(devices, platforms), programs, treedef)
-  return mlir.lower_fun(flat, multiple_results=True)(ctx, *args)
+  with _tracing_for(devices):
+    return mlir.lower_fun(flat, multiple_results=True)(ctx, *args)
+
+
+def _tracing_for(devices):
+  """Tells Pallas the TPU that it traces for, which need not be there."""
+  if not devices or devices[0].platform != "tpu":
+    return contextlib.nullcontext()
+  device = jax.sharding.AbstractDevice(
+    device_kind=devices[0].device_kind,
+    num_cores=getattr(devices[0], "num_cores", 1),
+    platform="tpu",
+  )
+  mesh = jax.sharding.get_abstract_mesh().update(abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _kind(devices, platforms) -> str:
@@ -121,16 +138,19 @@ def _kind(devices, platforms) -> str:
 
 def _kind_of_one(device, platforms) -> str:
   # An exported program can target a platform other than its devices'.
-  if platforms != ({"cpu": "cpu", "gpu": "cuda"}.get(device.platform),):
+  if platforms != ({"gpu": "cuda"}.get(device.platform, device.platform),):
     return "any"
   if device.platform == "cpu":
     return "cpu"
+  if device.platform == "tpu":
+    generation = re.search(r"TPU ?v?(\d+)", device.device_kind)
+    return "mosaic_tpu" if generation and int(generation[1]) >= 5 else "tpu"
   capability = float(getattr(device, "compute_capability", 0)) if _is_nvidia(device) else 0
   return "mosaic_gpu" if capability >= 9.0 else "gpu"
 
 
 def _generation(device):
-  return device.platform, getattr(device, "compute_capability", None)
+  return device.platform, device.device_kind, getattr(device, "compute_capability", None)
 
 
 def _is_nvidia(device) -> bool:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats import arithmetic, state_formats
-from pallas_kernels.formats.random_bits import Window, statistic_bits
+from pallas_kernels.formats.random_bits import Window
 from pallas_kernels.formats.state_formats import BLOCK, Blocks
 from pallas_kernels.placement import implementations
 from pallas_kernels.programs import joined, tiles
 from pallas_kernels.programs.leaf import Leaf, bound, is_small
+from pallas_kernels.programs.tile_step import tile_step
 
 # Leaves of one size in a kernel: more would save launches but add seconds of compile time.
 MOST_IN_A_KERNEL = 4
@@ -138,37 +138,12 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   return _frozen(leaf, written)
 
 
-def _tile(rules, formats, lands, bits, valid, across, scalars, gradient_T, values_T, scales_K):
+def _tile(rules, formats, lands, bits, valid, across, scalars, *tiles_T):
   """Steps a tile of blocks in registers."""
-  fmt, statistic_formats = formats
-  # With `lands`, the old weights stay, and the new ones take the gradients' memory.
-  (low_T, *rest_T), scales_K = values_T, iter(scales_K)
-  if lands:
-    gradient_T, low_T = low_T, gradient_T
-  delta_T, dtype = None, None
-  if fmt.residual_bits:
-    delta_T, dtype = rest_T[0].astype(jnp.int32), rest_T.pop(0).dtype
-  master_T = arithmetic.merge_values(low_T, delta_T, fmt)
-  old_T = [
-    state_formats.dequantize_blocks(x_T, next(scales_K) if f.has_scale else None, f, across)
-    for x_T, f in zip(rest_T, statistic_formats, strict=True)
-  ]
-  # A value that is decoded from its bits is not a product.
-  products = False, False, *(f.has_scale for f in statistic_formats)
-  update_T, new_T = bound(rules, scalars, products=products)(
-    arithmetic.as_float32(gradient_T), master_T, old_T
-  )
-  if update_T is not None:
-    low_T, delta_T = arithmetic.move_values(low_T, delta_T, update_T, fmt, bits(0), lands)
-  values_T = [low_T] if delta_T is None else [low_T, delta_T.astype(dtype)]
-  new_scales_K = []
-  for i, (x_T, f) in enumerate(zip(new_T, statistic_formats, strict=True)):
-    if valid is not None:
-      x_T = jnp.where(valid, x_T, 0)
-    codes_T, scale_K = state_formats.quantize_blocks(x_T, f, statistic_bits(bits, i), across)
-    values_T.append(codes_T)
-    new_scales_K += [scale_K] if f.has_scale else []
-  return values_T, new_scales_K
+  # Values that are read by their bits are no products.
+  products = False, False, *(f.has_scale for f in formats[1])
+  rule = bound(rules, scalars, products=products)
+  return tile_step(rule, formats, lands, bits, valid, across, *tiles_T)
 
 
 def _operands(
