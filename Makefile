@@ -1,5 +1,5 @@
 # `make help` lists the commands. They run in virtual environments in this folder (.venv,
-# .venv-oldest, .venv-wheel, .venv-docs); only `make data` writes outside it.
+# .venv-oldest, .venv-wheel, .venv-tpu, .venv-docs); only `make data` writes outside it.
 
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -9,7 +9,7 @@ BIN = .venv/bin
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK = 1
 PYTEST = -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel docs bench-cpu bench-h100-compile bench-compile bench-release-compile \
+.PHONY: help demo data sweep results test test-all test-distributed conformance test-oldest test-wheel test-tpu docs bench-cpu bench-h100-compile bench-tpu-compile bench-compile bench-release-compile \
   bench-release-cpu bench-gpu lint format clean
 
 help:  ## this list
@@ -57,6 +57,10 @@ test-wheel: .venv/test.stamp  ## build the wheel, install it into a bare environ
 	.venv-wheel/bin/pip install -q dist/*.whl
 	cd .venv-wheel && bin/python -c "import optax_lowmem, pallas_kernels; print('imported', optax_lowmem.__version__, optax_lowmem.__file__)"
 
+# libtpu aborts beside another process that holds it, unless it is told not to.
+test-tpu: .venv-tpu/test.stamp  ## the tests that compile for TPUs (2 minutes)
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 REQUIRE_TPU=1 .venv-tpu/bin/python -m pytest -q tests/test_tpu.py
+
 docs: .venv-docs/docs.stamp  ## the documentation site, docs/_build/html; warnings are errors (2 minutes)
 	rm -rf docs/generated
 	.venv-docs/bin/python -m sphinx -E -q -W --keep-going -n -j 2 -b html docs docs/_build/html
@@ -67,6 +71,10 @@ bench-cpu: .venv/demo.stamp  ## time and bytes of an optimizer step on this CPU,
 
 bench-h100-compile: .venv/test.stamp .venv/peers.stamp  ## compile for an H100: peak bytes of a training step, temporaries and launches (10 minutes)
 	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.step h100-compile
+
+bench-tpu-compile: .venv-tpu/test.stamp  ## compile for TPUs: peak bytes, temporaries, kernels and seconds (20 minutes)
+	.venv-tpu/bin/pip install -q --no-deps --upgrade --target .venv-tpu/peers rollfast==1.3.0
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 PYTHONPATH=.venv-tpu/peers .venv-tpu/bin/python -m benchmarks.tpu
 
 bench-compile: .venv/test.stamp .venv/peers.stamp  ## seconds and kernels to compile a step for a CPU, an H100 and an A100; writes docs/compile.md (an hour; python -m benchmarks.compile --repeats 1 is faster)
 	JAX_PLATFORMS=cpu PYTHONPATH=.venv/peers $(BIN)/python -m benchmarks.compile
@@ -92,7 +100,7 @@ format: .venv/test.stamp  ## format with ruff
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and build outputs
-	rm -rf .venv .venv-oldest .venv-wheel .venv-docs dist out docs/_build docs/generated
+	rm -rf .venv .venv-oldest .venv-wheel .venv-tpu .venv-docs dist out docs/_build docs/generated
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "optax_lowmem needs Python >= 3.12 and found none on PATH;" \
@@ -122,6 +130,12 @@ clean:  ## remove the environments and build outputs
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -e ".[examples,test,h100]" jax==$(JAX_OLDEST) jaxlib==$(JAX_OLDEST) \
 	  jax-cuda13-plugin==$(JAX_OLDEST) jax-cuda13-pjrt==$(JAX_OLDEST)
+	@touch $@
+
+.venv-tpu/test.stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "optax_lowmem needs Python >= 3.12 and found none on PATH." >&2; exit 1; }
+	test -d .venv-tpu || $(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/pip install -q -e ".[test,tpu]"
 	@touch $@
 
 .venv-docs/docs.stamp: pyproject.toml

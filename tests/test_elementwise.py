@@ -151,4 +151,5 @@ def test_update_dtype(make_tx, wrapper):
   master = lowmem.master_params(params, state)
   for name in PARAMS:
     assert np.any(np.asarray(params[name] != before[name]))
-    np.testing.assert_array_equal(master[name].astype(params[name].dtype), params[name])
+    # The master is clamped to the cell of the weight that the update reaches.
+    np.testing.assert_allclose(master[name], np.float32(params[name]), rtol=2.0**-8)

@@ -29,9 +29,9 @@ def step(optimizer: Optimizer, updates, state, params):
   assert session is not None
   steps = LeafSteps.of(optimizer, state, params, updates)
   if steps is None:
-    if optimizer.implementation == "mosaic_gpu":
+    if optimizer.implementation not in (None, "xla"):
       raise ValueError(
-        'implementation="mosaic_gpu" takes statistics in our own formats: pass mu= or'
+        f'implementation="{optimizer.implementation}" takes statistics in our own formats: pass mu= or'
         " accumulator= instead of mu_dtype or accumulator_dtype."
       )
     return None

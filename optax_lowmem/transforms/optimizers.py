@@ -61,7 +61,7 @@ def adamw(
     nu: the format of the second moment.
     key: an integer seed or a ``jax.random`` key for stochastic rounding.
     update_dtype: the dtype of the updates, as in :func:`optax_lowmem.delta_bits`.
-    implementation: None, ``"xla"`` or ``"mosaic_gpu"``, as in
+    implementation: None, ``"xla"``, ``"mosaic_gpu"`` or ``"mosaic_tpu"``, as in
       :func:`pallas_kernels.fused_update`.
 
   Returns:

@@ -59,12 +59,14 @@ def fused_update(
     key: an integer seed or a ``jax.random`` key. The weight rounds with lane 0 of
       the key's stream, each pair of statistics with the halves of a further lane.
     when: a bool scalar. If it is False, nothing changes, bit for bit.
-    implementation: None, ``"xla"`` or ``"mosaic_gpu"`` (residuals of 0, 8 or 16
+    implementation: None, ``"xla"``, ``"mosaic_gpu"`` (residuals of 0, 8 or 16
       bits; statistics in ``"bf16"``, ``"fp16"`` or ``"int8"``; XLA steps large leaves
       whose rows end in a short block, unless the kernel's tiles cover nearly all of
-      them). None takes the kernel on GPUs from Hopper on if a statistic has block
-      scales and the gradient is no wider than the weight. Otherwise it takes XLA,
-      which works in chunks on one CPU.
+      them) or ``"mosaic_tpu"`` (the same residuals, every statistic; XLA steps small
+      leaves and those whose last axis is no multiple of 128). None takes the kernel
+      on GPUs from Hopper on if a statistic has block scales and the gradient is no
+      wider than the weight, and on TPUs from v5e on. Otherwise it takes XLA, which
+      works in chunks on one CPU.
 
   Returns:
     The new ``(low, delta, statistics)``.
@@ -188,6 +190,7 @@ def step_leaves(
     "any": by_xla,
     "gpu": functools.partial(by_xla, contracts=True, joins=is_flat),
     "gpus": functools.partial(by_xla, contracts=True),
+    "tpu": functools.partial(by_xla, joins=is_flat),
   }
   if mesh is not None and shards is None:  # XLA moves the operands
     programs["gpu"] = programs["gpus"]

@@ -8,6 +8,7 @@ its lanes by exchanges of lanes, and its scale is picked by a gather within the 
 from collections.abc import Sequence
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,92 +42,90 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
   return [one(scalars, x, window, when, index) for x, window in zip(leaves, windows, strict=True)]
 
 
+class _Tiling(NamedTuple):
+  """How a grid walks a leaf [lead, rows, n] through VMEM.
+
+  Attributes:
+    lead: the product of the leading axes.
+    rows: the leaf's.
+    n: the leaf's.
+    tile_rows: rows of a tile, a multiple of 32.
+    lanes: lanes of a tile, a multiple of 128.
+  """
+
+  lead: int
+  rows: int
+  n: int
+  tile_rows: int
+  lanes: int
+
+  @classmethod
+  def of(cls, shape: tuple[int, ...]) -> "_Tiling":
+    *lead, rows, n = shape
+    lanes = min(n, MOST_LANES)
+    most = TILE_VALUES // lanes // SUBLANES * SUBLANES
+    return cls(math.prod(lead), rows, n, min(most, -(-rows // SUBLANES) * SUBLANES), lanes)
+
+  @property
+  def grid(self) -> tuple[int, int, int]:
+    return self.lead, -(-self.rows // self.tile_rows), -(-self.n // self.lanes)
+
+  @property
+  def is_exact(self) -> bool:
+    """Whether the tiles cover nothing but the leaf."""
+    return self.rows % self.tile_rows == 0 and self.n % self.lanes == 0
+
+
 def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, when, index):
   """The step of one leaf as one kernel."""
   from jax.experimental import pallas as pl  # here: importing Pallas takes 0.2 s
   from jax.experimental.pallas import tpu as pltpu
 
-  shape = leaf.gradient.shape
-  *lead, rows, n = shape
-  lanes = min(n, MOST_LANES)
-  tile_rows = min(TILE_VALUES // lanes // SUBLANES * SUBLANES, -(-rows // SUBLANES) * SUBLANES)
-  grid = math.prod(lead), -(-rows // tile_rows), -(-n // lanes)
-
-  # Arrays as [leading axes, rows, lanes]: merging leading axes moves nothing.
-  merged = lambda x: _as_bits(x).reshape(-1, *x.shape[-2:])
-  read, written = leaf.gradient, leaf.low
-  if lands:
-    read, written = written, read
+  tiling = _Tiling.of(leaf.gradient.shape)
+  merged = lambda x: _as_bits(x).reshape(-1, *x.shape[-2:])  # merging leading axes moves nothing
+  read, written = (leaf.low, leaf.gradient) if lands else (leaf.gradient, leaf.low)
   values = [written] if leaf.delta is None else [written, leaf.delta]
   values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
   scales = [x.scale for x in leaf.statistics if isinstance(x, Blocks)]
   in_place = list(map(merged, (*values, *scales)))
+  # New weights that land replace the gradients only if these have their dtype.
+  types = [_as_bits(leaf.low).dtype, *(x.dtype for x in in_place[1:])]
 
-  # Scalars: what the rule reads, the place, the stream, whether the step is taken.
   numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
-  start = [jnp.asarray(0 if index is None else index, _I32)]
-  if window is not None:
-    start += [jnp.asarray(x, _I32) for x in window.start]
-  taken = jnp.asarray(True if when is None else when).astype(_I32)
-  places = jnp.stack([taken, *start])
+  whole = leaf.low.shape if window is None else window.shape
+  start = [0] * len(whole) if window is None else window.start
+  begin = [when is None or when, 0 if index is None else index, *start]
+  integers = jnp.stack([jnp.asarray(x).astype(_I32) for x in begin])
 
-  full = leaf.low.shape if window is None else window.shape
-
-  def place(start_ref, row, lane):
+  def places(begin_ref, rows_T, lanes_T):
     """The place of each element in the whole leaf, uint32."""
-    here = (pl.program_id(0).astype(_U32) * _U32(rows) + row) * _U32(n) + lane
+    rows_T = rows_T + pl.program_id(0) * tiling.rows
+    here = rows_T.astype(_U32) * _U32(tiling.n) + lanes_T.astype(_U32)
     if window is None and index is None:
       return here
-    begin = [0] * len(full) if window is None else [start_ref[i + 2] for i in range(len(full))]
+    begin = [begin_ref[i + 2] for i in range(len(whole))]
     if index is None:
-      return whole_place(here, shape, Window(tuple(begin), full))
-    return whole_place(here, (1, *shape), Window((start_ref[1], *begin[1:]), full))
+      return whole_place(here, leaf.gradient.shape, Window(tuple(begin), whole))
+    layer = Window((begin_ref[1], *begin[1:]), whole)
+    return whole_place(here, (1, *leaf.gradient.shape), layer)
 
-  def body(places_ref, numbers_ref, words_ref, read_ref, *refs):
+  def step_tile(rule, bits, read_T, values_T, scales_T, largest):
+    read_T = _of_bits(read_T, read.dtype)
+    values_T = [_of_bits(x_T, x.dtype) for x_T, x in zip(values_T, values, strict=True)]
+    new_T, scales_T = tile_step(
+      rule, formats, lands, bits, None, lambda x: x, read_T, values_T, scales_T, largest=largest
+    )
+    return list(map(_as_bits, new_T)), scales_T
+
+  def body(integers_ref, numbers_ref, words_ref, read_ref, *refs):
     olds, news = refs[: len(in_place)], refs[len(in_place) :]
+    rule = bound(rules, [_as(numbers_ref[i], x.dtype) for i, x in enumerate(scalars)])
     words = [words_ref[i] for i in range(leaf.stream.shape[0])]
-    scalars_in = [_as(numbers_ref[i], x.dtype) for i, x in enumerate(scalars)]
-    rule = bound(rules, scalars_in)
-    row_T = jax.lax.broadcasted_iota(_I32, (SUBLANES, LANES), 0)
-    lane_T = jax.lax.broadcasted_iota(_I32, (SUBLANES, LANES), 1)
-
-    def run_rows(i, carry):
-      first_row = pl.multiple_of(i * SUBLANES, SUBLANES)
-      here = 0, pl.ds(first_row, SUBLANES)
-      old_scales = [_as_registers(ref[here]) for ref in olds[len(values) :]]
-
-      def run(j, new_scales):
-        first_lane = pl.multiple_of(j * LANES, LANES)
-        at = (*here, pl.ds(first_lane, LANES))
-        places_T = place(
-          places_ref,
-          (row_T + (pl.program_id(1) * tile_rows + first_row)).astype(_U32),
-          (lane_T + (pl.program_id(2) * lanes + first_lane)).astype(_U32),
-        )
-        bits = lambda lane: element_bits(words, places_T, lane=lane)
-        # Of 128 scales in a register, four belong here.
-        which = j * (LANES // BLOCK) + lane_T // BLOCK
-        scales_T = [_low(jnp.take_along_axis(x, which, axis=1)) for x in old_scales]
-        values_T = [_of_bits(ref[at], x.dtype) for ref, x in zip(olds, values, strict=False)]
-        new, scales_T = tile_step(
-          rule, formats, lands, bits, None, lambda x: x, _of_bits(read_ref[at], read.dtype),
-          values_T, scales_T, largest=functools.partial(_largest, lane_T, pltpu.roll),
-        )  # fmt: skip
-        for ref, x in zip(news[: len(values)], new, strict=True):
-          ref[at] = _as_bits(x)
-        is_mine = lane_T // (LANES // BLOCK) == j
-        back = lane_T % (LANES // BLOCK) * BLOCK
-        scales_T = [jnp.take_along_axis(_wide(x), back, axis=1) for x in scales_T]
-        return [jnp.where(is_mine, x, y) for x, y in zip(scales_T, new_scales, strict=True)]
-
-      zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * len(scales)
-      new_scales = jax.lax.fori_loop(0, lanes // LANES, run, zeros)
-      for ref, x in zip(news[len(values) :], new_scales, strict=True):
-        ref[here] = _low(x)[:, : ref.shape[-1]]
-      return carry
-
-    def run():
-      jax.lax.fori_loop(0, tile_rows // SUBLANES, run_rows, 0)
+    split = lambda refs: (refs[: len(values)], refs[len(values) :])
+    run = functools.partial(
+      _run_tile, tiling, functools.partial(step_tile, rule),
+      functools.partial(places, integers_ref), words, read_ref, split(olds), split(news),
+    )  # fmt: skip
 
     def copy():
       for new, old in zip(news, olds, strict=True):
@@ -135,42 +134,38 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
     if when is None:
       run()
     else:
-      pl.when(places_ref[0] != 0)(run)
-      pl.when(places_ref[0] == 0)(copy)
+      pl.when(integers_ref[0] != 0)(run)
+      pl.when(integers_ref[0] == 0)(copy)
 
-  count = math.prod(lead)
-  in_stack = lambda i, j, k, places: (places[1] * count + i, j, k)
-  in_array = lambda i, j, k, places: (i, j, k)
-  where = in_array if index is None else in_stack
+  def spec(x, is_stacked: bool):
+    is_scale = x.shape[-1] != tiling.n
+    width = min(x.shape[-1], tiling.lanes // BLOCK) if is_scale else tiling.lanes
+    first = lambda integers: integers[1] * tiling.lead if is_stacked else 0
+    where = lambda i, j, k, integers: (first(integers) + i, j, k)
+    return pl.BlockSpec((1, tiling.tile_rows, width), where)
 
-  def spec(x, where):
-    width = lanes if x.shape[-1] == n else min(x.shape[-1], lanes // BLOCK)
-    return pl.BlockSpec((1, tile_rows, width), where)
-
-  # A layer of stacked weights that stay is read from the stack, its gradient replaced alone.
-  first = in_array if lands else where
-  specs = [spec(in_place[0], first), *(spec(x, where) for x in in_place[1:])]
+  is_stacked = index is not None
+  specs = [spec(in_place[0], is_stacked and not lands)]
+  specs += [spec(x, is_stacked) for x in in_place[1:]]
   scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
-  # New weights that land replace the gradients if these have their dtype.
-  types = [_as_bits(leaf.low).dtype, *(x.dtype for x in in_place[1:])]
   aliases = {4 + i: i for i, x in enumerate(in_place) if x.dtype == types[i]}
-  if implementations.interpreter_is_forced() and (rows % tile_rows or n % lanes):
+  if implementations.interpreter_is_forced() and not tiling.is_exact:
     aliases = {}  # the interpreter gives an aliased result the shape of whole tiles
-  results = pl.pallas_call(
+  found = pl.pallas_call(
     body,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=grid,
-      in_specs=[scalar, scalar, spec(merged(read), where if lands else in_array), *specs],
+      grid=tiling.grid,
+      in_specs=[scalar, scalar, spec(merged(read), is_stacked and lands), *specs],
       out_specs=specs,
     ),
     out_shape=[jax.ShapeDtypeStruct(x.shape, t) for x, t in zip(in_place, types, strict=True)],
     input_output_aliases=aliases,
-  )(places, numbers, leaf.stream, merged(read), *in_place)
+  )(integers, numbers, leaf.stream, merged(read), *in_place)
 
-  found = iter(results)
-  take = lambda x: _of_bits(next(found), x.dtype).reshape(x.shape)
-  low = _of_bits(next(found), leaf.low.dtype).reshape(written.shape)
+  results = iter(found)
+  take = lambda x, dtype=None: _of_bits(next(results), dtype or x.dtype).reshape(x.shape)
+  low = take(written, leaf.low.dtype)
   delta = None if leaf.delta is None else take(leaf.delta)
   codes = [take(x.codes if isinstance(x, Blocks) else x) for x in leaf.statistics]
   statistics = [
@@ -178,6 +173,63 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
     for x, old in zip(codes, leaf.statistics, strict=True)
   ]
   return low, delta, statistics
+
+
+def _run_tile(tiling: _Tiling, step_tile, places, words, read_ref, olds, news):
+  """Steps a tile in VMEM, 32 x 128 values at a time.
+
+  Args:
+    tiling: the grid's.
+    step_tile: ``(bits, read, values, scales, largest) -> (values, scales)``, in registers.
+    places: (rows, lanes) -> the elements' places in the whole leaf.
+    words: the words of the stream.
+    read_ref: the values that are only read.
+    olds: the values that are replaced, and the scales.
+    news: where they go.
+  """
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
+  (old_values, old_scales), (new_values, new_scales) = olds, news
+  row_T = jax.lax.broadcasted_iota(_I32, (SUBLANES, LANES), 0)
+  lane_T = jax.lax.broadcasted_iota(_I32, (SUBLANES, LANES), 1)
+  in_register = LANES // BLOCK  # scales
+  largest = functools.partial(_largest, lane_T, pltpu.roll)
+
+  def run_rows(i, carry):
+    first_row = pl.multiple_of(i * SUBLANES, SUBLANES)
+    rows = 0, pl.ds(first_row, SUBLANES)
+    old = [_as_register(ref[rows]) for ref in old_scales]
+
+    def run(j, new):
+      first_lane = pl.multiple_of(j * LANES, LANES)
+      here = (*rows, pl.ds(first_lane, LANES))
+      places_T = places(
+        row_T + (pl.program_id(1) * tiling.tile_rows + first_row),
+        lane_T + (pl.program_id(2) * tiling.lanes + first_lane),
+      )
+      which_T = j * in_register + lane_T // BLOCK
+      values_T, scales_T = step_tile(
+        lambda lane: element_bits(words, places_T, lane=lane),
+        read_ref[here],
+        [ref[here] for ref in old_values],
+        [_low(jnp.take_along_axis(x, which_T, axis=1)) for x in old],
+        largest,
+      )
+      for ref, x_T in zip(new_values, values_T, strict=True):
+        ref[here] = x_T
+      first_T = lane_T % in_register * BLOCK
+      scales_T = [jnp.take_along_axis(arithmetic.widen(x), first_T, axis=1) for x in scales_T]
+      is_here_T = lane_T // in_register == j
+      return [jnp.where(is_here_T, x, y) for x, y in zip(scales_T, new, strict=True)]
+
+    zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * len(old)
+    new = jax.lax.fori_loop(0, tiling.lanes // LANES, run, zeros)
+    for ref, x in zip(new_scales, new, strict=True):
+      ref[rows] = _low(x)[:, : ref.shape[-1]]
+    return carry
+
+  jax.lax.fori_loop(0, tiling.tile_rows // SUBLANES, run_rows, 0)
 
 
 def _largest(lane_T, roll, x_T):
@@ -190,15 +242,11 @@ def _largest(lane_T, roll, x_T):
   return x_T
 
 
-def _as_registers(scales):
+def _as_register(scales):
   """bfloat16 [rows, k] -> float32 [rows, 128]."""
-  wide = _wide(scales)
+  wide = arithmetic.widen(scales)
   rest = LANES - wide.shape[-1]
   return jnp.concatenate([wide, jnp.zeros((SUBLANES, rest), jnp.float32)], 1) if rest else wide
-
-
-def _wide(x):
-  return arithmetic.widen(x)
 
 
 def _as_bits(x):
