@@ -280,3 +280,14 @@ def test_never_two_copies(tmp_path):
   assert importing < formats + 0.7 * params32
   assert exporting < 0.3 * params32
   assert os.path.getsize(target) >= params32
+
+
+def test_shardings_without_devices_are_refused(tmp_path):
+  """`jax.eval_shape` of sharded arrays gives such."""
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+  params = jax.device_put({"w": jnp.ones((64, 8))}, NamedSharding(mesh, P("x")))
+  tx = lowmem.adamw(1e-3)
+  path = tmp_path / "model.safetensors"
+  lowmem.export_safetensors(path, *lowmem.init(tx, params))
+  with pytest.raises(ValueError, match=r"like\['w'\].*without devices"):
+    lowmem.import_safetensors(path, tx, jax.eval_shape(lambda: params))

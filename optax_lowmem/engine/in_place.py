@@ -31,8 +31,8 @@ def step(optimizer: Optimizer, updates, state, params):
   if steps is None:
     if optimizer.implementation not in (None, "xla"):
       raise ValueError(
-        f'implementation="{optimizer.implementation}" takes statistics in our own formats: pass mu= or'
-        " accumulator= instead of mu_dtype or accumulator_dtype."
+        f'implementation="{optimizer.implementation}" takes statistics in our own formats: pass mu='
+        " or accumulator= instead of mu_dtype or accumulator_dtype."
       )
     return None
   gradients = pytrees.named_leaves(updates)

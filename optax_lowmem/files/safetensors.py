@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 
@@ -167,6 +167,12 @@ def import_safetensors(path: str | os.PathLike, tx: optax.GradientTransformation
   meshes: set[Any] = {
     x.sharding.mesh for x in jax.tree.leaves(structs) if isinstance(x.sharding, NamedSharding)
   }
+  for name, x in pytrees.named_leaves(structs).items():
+    if isinstance(getattr(x.sharding, "mesh", None), AbstractMesh):
+      raise ValueError(
+        f"like{name} has a sharding without devices, as jax.eval_shape returns it; pass arrays, or"
+        " jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))."
+      )
   explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
   if not explicit:
     return init(structs, read)

@@ -140,8 +140,9 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
   def spec(x, is_stacked: bool):
     is_scale = x.shape[-1] != tiling.n
     width = min(x.shape[-1], tiling.lanes // BLOCK) if is_scale else tiling.lanes
-    first = lambda integers: integers[1] * tiling.lead if is_stacked else 0
-    where = lambda i, j, k, integers: (first(integers) + i, j, k)
+    where = lambda i, j, k, integers: (i, j, k)
+    if is_stacked:
+      where = lambda i, j, k, integers: (integers[1] * tiling.lead + i, j, k)
     return pl.BlockSpec((1, tiling.tile_rows, width), where)
 
   is_stacked = index is not None
