@@ -79,10 +79,9 @@ def llama_on_sixteen(tpu) -> list[dict]:
   count = sum(x.size for x in jax.tree.leaves(llama.structs())) / 16
 
   def on_mesh(x):
-    axis = next((i for i, n in enumerate(x.shape) if n % 512 == 0 and i < x.ndim - 1), None)
     spec = [None] * len(x.shape)
-    if len(x.shape) > 1 and axis is not None:
-      spec[axis] = "fsdp"
+    if len(x.shape) > 1:  # rows, not the blocks along the last axis
+      spec[-2] = "fsdp"
     return jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))
     )
@@ -94,7 +93,7 @@ def llama_on_sixteen(tpu) -> list[dict]:
       grads = llama.structs(contender.dtype)
       args = jax.tree.map(on_mesh, (params, state, grads))
       rows.append({"TPU": "sixteen v5e", "step": contender.name} | _peak(step, args, count))
-    log(rows[-1])
+      log(rows[-1])
   return rows
 
 

@@ -35,6 +35,16 @@ def float_of(bits):
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def least(a, b):
+  """The minimum of uint32 below 2**31: as signed integers, because a TPU has no other."""
+  return jnp.minimum(a.astype(_I32), b.astype(_I32)).astype(_U32)
+
+
+def most(a, b):
+  """The maximum of uint32 below 2**31; see ``least``."""
+  return jnp.maximum(a.astype(_I32), b.astype(_I32)).astype(_U32)
+
+
 def low_bits_of(low):
   """A narrow float -> its bit pattern, uint32."""
   unsigned = jnp.dtype(f"uint{low.dtype.itemsize * 8}")
@@ -91,25 +101,28 @@ def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bit
     # with an explicit leading one, loses one more bit in each lower binade.
     exponent = magnitude >> _U32(F32_MANTISSA)
     first_normal = F32_BIAS + 1 - grid.bias
-    depth = jnp.maximum(_U32(first_normal), exponent) - exponent
+    depth = most(exponent, _U32(first_normal)) - exponent
     significand = (magnitude & _U32(0x7FFFFF)) | _U32(0x800000)
-    beyond = _U32((F32_BIAS + grid.bias + 2) << F32_MANTISSA)  # saturates without overflow
-    normal = jnp.minimum(magnitude, beyond) - _U32((first_normal - 1) << F32_MANTISSA)
+    # The power of two above the largest finite value saturates, and its code stays below 2**31.
+    beyond_exponent = (grid.max_code >> grid.mantissa_bits) + 1 + F32_BIAS - grid.bias
+    beyond = _U32(beyond_exponent << F32_MANTISSA)
+    normal = least(magnitude, beyond) - _U32((first_normal - 1) << F32_MANTISSA)
     code = jnp.where(depth > _U32(0), significand, normal)
     if drop < 0:  # a grid finer than float32's own
       code = code << _U32(-drop)
     shift = depth + _U32(max(drop, 0))
-    excess = jnp.clip(shift, _U32(31), _U32(62)) - _U32(31)  # a shift by 62 clears every bit
-    code = _round_off(code >> excess, jnp.minimum(shift, _U32(31)), rounding, bits)
-  code = jnp.minimum(code, _U32(max_code))
+    excess = least(most(shift, _U32(31)), _U32(62)) - _U32(31)  # a shift by 62 clears every bit
+    code = _round_off(code >> excess, least(shift, _U32(31)), rounding, bits)
+  code = least(code, _U32(max_code))
   code = jnp.where(magnitude == _U32(F32_INF), _U32(grid.inf_code << extra_bits), code)
   return jnp.where(magnitude > _U32(F32_INF), _U32(grid.nan_code << extra_bits), code)
 
 
 def _narrow(x_bits, grid: FloatGrid, low):
   """Adds x's sign to ``low`` codes; a zero is negative only where x is -0.0."""
-  sign = jnp.where(low == _U32(0), x_bits == _U32(0x80000000), (x_bits >> _U32(31)) == _U32(1))
-  return low | (sign.astype(_U32) << _U32(grid.width - 1))
+  is_minus_zero = (x_bits == _U32(0x80000000)).astype(_U32)
+  sign = jnp.where(low == _U32(0), is_minus_zero, x_bits >> _U32(31))
+  return low | (sign << _U32(grid.width - 1))
 
 
 def round_to(x, dtype, rounding: Rounding, bits=None, *, saturate=True):
@@ -176,7 +189,7 @@ def split_values(x, fmt: DeltaFormat, bits):
   elif fmt.low_rounding == "stochastic":
     low = (code + (bits & _U32((1 << k) - 1))) >> _U32(k)
     if fmt.max_code != F32_MAX:  # rounding up must not overflow to infinity
-      low = jnp.where(code <= _U32(fmt.max_code), jnp.minimum(low, _U32(fmt.grid.max_code)), low)
+      low = jnp.where(code <= _U32(fmt.max_code), least(low, _U32(fmt.grid.max_code)), low)
   else:
     low = code >> _U32(k)
   delta = (code - (low << _U32(k))).astype(_I32)

@@ -244,7 +244,9 @@ def scale_code(magnitude, fmt: StateFormat):
   lowest = MIN_ROOT_SCALE if fmt.is_square else MIN_SCALE
   code = (magnitude + _U32(0xFFFF)) >> _U32(16)
   lowest = (math.frexp(lowest)[1] - 1 + arithmetic.F32_BIAS) << 7
-  code = jnp.clip(code, _U32(lowest), _U32(0x7F7F))  # the largest finite value stays finite
+  code = arithmetic.least(
+    arithmetic.most(code, _U32(lowest)), _U32(0x7F7F)
+  )  # the largest finite value stays finite
   # An infinite scale marks NaN, too: its block decodes to NaN and infinity only.
   code = jnp.where(magnitude < _U32(arithmetic.F32_INF), code, _U32(arithmetic.F32_INF >> 16))
   return jnp.where(magnitude > _U32(0), code, _U32(0))
@@ -264,8 +266,8 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   # Rounds up with the probability that keeps the mean.
   if fmt.is_square:  # 15 binary places and as many random bits
     c = (_nearest(jnp.abs(ratio)) + (bits_KxB >> _U32(17))) >> _U32(15)
-    c = jnp.where(x_KxB > 0, jnp.maximum(c, _U32(1)), c)
-    return jnp.minimum(c, _U32(fmt.levels)).astype(fmt.dtype)
+    c = jnp.where(x_KxB > 0, arithmetic.most(c, _U32(1)), c)
+    return arithmetic.least(c, _U32(fmt.levels)).astype(fmt.dtype)
   # The ratio lies between c**2 and (c + 1)**2. For an exact square, c may be one too small; it is
   # then always raised.
   ratio = jnp.abs(ratio)
@@ -274,7 +276,7 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   uniform = (bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32)
   uniform = uniform * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
   c = c + (uniform * (2 * floor + 1) < ratio - floor * floor).astype(_U32)
-  c = jnp.minimum(c, _U32(fmt.levels)).astype(_I32)
+  c = arithmetic.least(c, _U32(fmt.levels)).astype(_I32)
   return jnp.where(x_KxB < 0, -c, c).astype(fmt.dtype)
 
 
