@@ -14,6 +14,7 @@ from test_fused_update import INT8, STATISTICS, adam, make_leaf
 from test_not_finite import lion
 
 import optax_lowmem as lowmem
+import pallas_kernels
 from pallas_kernels.formats.state_formats import StateFormat
 from pallas_kernels.operations.fused_update import fused_update_leaves, hoisted_rule
 from pallas_kernels.placement import by_device as by_device_module
@@ -134,6 +135,16 @@ def test_shards(spec):
     everywhere = jax.device_put(leaf.stream, NamedSharding(mesh, PartitionSpec()))
     found = step(type(leaf)(put(leaf.gradient), *old, everywhere), "mosaic_tpu", index=index)
   assert_trees_equal(jax.device_get(found), jax.device_get(wanted))
+
+
+@pytest.mark.parametrize("fmt", ["bf16+8", "bf16+16", "fp16+8", "bf16+0"])
+def test_apply_update(fmt):
+  leaf = make_leaf((40, 256), fmt)
+  update = 1e-3 * leaf.gradient.astype(jnp.float32)
+  call = functools.partial(pallas_kernels.apply_update, leaf.low, leaf.delta, update, fmt, key=3)
+  with pltpu.force_tpu_interpret_mode():
+    found = call(implementation="mosaic_tpu")
+  assert_trees_equal(found, call(implementation="xla"))
 
 
 def test_what_is_refused():

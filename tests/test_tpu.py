@@ -13,6 +13,7 @@ import pytest
 import tpu
 
 import optax_lowmem as lowmem
+import pallas_kernels
 
 pytestmark = pytest.mark.skipif(
   tpu.devices(tpu.TOPOLOGIES["v5e"]) is None, reason="the tpu extra is not installed"
@@ -93,6 +94,29 @@ def test_a_model():
   assert tpu.kernels(compiled) == 4
   ragged = math.prod(shapes["ragged"]) / sum(map(math.prod, shapes.values()))
   assert temporaries < 0.01 + 3 * ragged  # XLA needs 9.5 bytes a parameter there
+
+
+@pytest.mark.parametrize("fmt", ["bf16+8", "bf16+16", "bf16+0"])
+@pytest.mark.parametrize("operation", ["stochastic_round", "split", "merge", "apply_update"])
+def test_operations_need_no_temporaries(operation, fmt):
+  fmt = pallas_kernels.DeltaFormat.parse(fmt)
+  struct = lambda dtype: tpu.on_device(jax.ShapeDtypeStruct(SHAPE, dtype))
+  delta = {0: None, 8: jnp.int8, 16: jnp.int16}[fmt.residual_bits]
+  wide, stored = struct(jnp.float32), (struct(fmt.dtype), delta and struct(delta))
+  calls = {
+    "stochastic_round": (
+      lambda x: pallas_kernels.stochastic_round(jax.random.key(0), x, fmt.dtype), (wide,), ()
+    ),
+    "split": (lambda x: pallas_kernels.split(x, fmt, key=1), (wide,), ()),
+    "merge": (lambda low, delta: pallas_kernels.merge(low, delta, fmt), stored, ()),
+    "apply_update": (
+      lambda low, delta, u: pallas_kernels.apply_update(low, delta, u, fmt, key=1),
+      (*stored, wide), (0, 1),
+    ),
+  }  # fmt: skip
+  call, args, donated = calls[operation]
+  stats = tpu.compiled(call, *args, donate=donated).memory_analysis()
+  assert stats.temp_size_in_bytes < 0.02 * math.prod(SHAPE)
 
 
 def test_gradient_release():

@@ -419,7 +419,7 @@ class _Kind(NamedTuple):
     formats: the statistics' formats.
     gradient: the gradients' dtype.
     implementation: as in ``pallas_kernels.fused_update``.
-    is_copied: as in `Gradient`.
+    is_copied: as in ``Gradient``.
   """
 
   rule: _RuleKind

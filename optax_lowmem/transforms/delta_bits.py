@@ -223,7 +223,8 @@ def _composed(inner, update_dtype, session, updates, state, params, extra_args):
 
 
 # jit traces leaves of one shape and format once.
-_apply = jax.jit(apply_update_stream, static_argnums=3)
+# XLA fuses the update's arithmetic into the split; before a kernel, it would write the update.
+_apply = jax.jit(functools.partial(apply_update_stream, implementation="xla"), static_argnums=3)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

@@ -10,7 +10,11 @@ from pallas_kernels.formats.random_bits import random_bits
 from pallas_kernels.formats.weights import DeltaFormat
 from pallas_kernels.operations import checks
 from pallas_kernels.placement import implementations, sharded
+from pallas_kernels.placement.by_device import by_device
+from pallas_kernels.programs import mosaic_tpu
 from pallas_kernels.programs.elementwise import elementwise
+from pallas_kernels.programs.hoist import hoist
+from pallas_kernels.programs.leaf import Leaf
 
 
 def apply_update(
@@ -33,8 +37,8 @@ def apply_update(
     fmt: the format, for example ``"bf16+8"``.
     key: an integer seed or a ``jax.random`` key. A format that rounds
       stochastically requires it.
-    implementation: None, ``"xla"`` or ``"mosaic_gpu"`` (residuals of 0, 8 or 16
-      bits).
+    implementation: None, ``"xla"``, ``"mosaic_gpu"`` or ``"mosaic_tpu"``
+      (residuals of 0, 8 or 16 bits). None takes the kernel on TPUs from v5e on.
 
   Returns:
     The new ``(low, delta)``, in the shapes and dtypes of the old.
@@ -70,8 +74,19 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
     raise ValueError(f"The update must have the weight's shape {low.shape}; got {update.shape}.")
   if fmt.is_full_precision:
     return low + update, None
-  if implementations.resolve(implementation, low, update, residual_bits=fmt.residual_bits) == "xla":
-    return sharded.automatic(functools.partial(_xla, fmt), low, low, delta, update, stream)
+  chosen = implementations.resolve(
+    implementation, low, update, residual_bits=fmt.residual_bits, has_tpu_kernel=True
+  )
+  by_xla, by_tpu = functools.partial(_xla, fmt), functools.partial(_mosaic_tpu, fmt)
+  takes_kernel = fmt.residual_bits in (8, 16) and mosaic_tpu.takes(low.shape, low.shape, True)
+  if chosen == "mosaic_tpu" and takes_kernel:
+    return by_tpu(low, delta, update, stream)
+  if implementation is None and takes_kernel and not sharded.has_explicit_axes(low):
+    # XLA:TPU makes two passes, one for each result, and a copy of the residual.
+    programs = {"any": by_xla, "mosaic_tpu": by_tpu}
+    return by_device(programs, low, delta, update, stream, like=(low, delta))
+  if chosen != "mosaic_gpu":
+    return sharded.automatic(by_xla, low, low, delta, update, stream)
 
   def tile(bits, update_T, low_T, delta_T=None):
     wide_T = None if delta_T is None else delta_T.astype(jnp.int32)
@@ -85,6 +100,17 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
     in_place=[low] if delta is None else [low, delta],
   )
   return low, delta[0] if delta else None
+
+
+def _mosaic_tpu(fmt: DeltaFormat, low, delta, update, stream):
+  """The step of an optimizer without statistics, whose update is the gradient."""
+  x = jax.ShapeDtypeStruct(low.shape, jnp.float32)
+  scalars, rule = hoist(lambda update, master, statistics: (update, statistics), (x, x, []))
+  stream = jnp.zeros(2, jnp.uint32) if stream is None else stream
+  leaf = Leaf(update, low, delta, [], stream)
+  rules, formats = {low.shape: rule}, (fmt, ())
+  ((low, delta, _),) = mosaic_tpu.step(rules, formats, False, scalars, [leaf], None, None)
+  return low, delta
 
 
 def _xla(fmt: DeltaFormat, low, delta, update, stream):

@@ -45,7 +45,10 @@ def resolve(
   if implementation in (None, "xla"):
     return "xla"
   if implementation == "mosaic_tpu" and not has_tpu_kernel:
-    raise ValueError('Only fused_update has a kernel "mosaic_tpu"; pass "xla" or None.')
+    raise ValueError(
+      'Only fused_update and apply_update have a kernel "mosaic_tpu"; XLA makes one pass of this'
+      ' operation. Pass "xla" or None.'
+    )
   if residual_bits not in (0, 8, 16):
     raise ValueError(
       f'"{implementation}" takes residuals of 0, 8 or 16 bits, which need no packing; got'
