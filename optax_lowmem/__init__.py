@@ -23,6 +23,8 @@ from optax_lowmem.files.memory_table import memory_table as memory_table
 from optax_lowmem.files.safetensors import export_safetensors as export_safetensors
 from optax_lowmem.files.safetensors import import_safetensors as import_safetensors
 from optax_lowmem.flax.train_state import TrainState as TrainState
+from optax_lowmem.planner.plan import Plan as Plan
+from optax_lowmem.planner.plan import plan as plan
 from optax_lowmem.release.fused_backward import fused_backward as fused_backward
 from optax_lowmem.states import DeltaBitsState as DeltaBitsState
 from optax_lowmem.states import EmaState as EmaState

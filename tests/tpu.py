@@ -1,22 +1,21 @@
-"""Compiling for a TPU on a machine that has none: `../shared/AOT.md`."""
+"""Compiling for a TPU on a machine that has none."""
 
-import functools
 import os
 
 import jax
-from jax.experimental import topologies
+
+from optax_lowmem.planner import targets
 
 # Topologies as libtpu spells them.
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TOPOLOGIES = {name: x.topology for name, x in targets.TARGETS.items() if x.is_tpu}
 
 
-@functools.cache
 def devices(topology: str):
   """The devices of a topology, such as "v5e:4x4"; None where the `tpu` extra is not installed."""
   try:
-    return topologies.get_topology_desc(topology, platform="tpu").devices
-  except RuntimeError as error:  # JAX says that TPU support is not installed
-    if os.environ.get("REQUIRE_TPU") or "not installed" not in str(error):
+    return targets.tpus(topology)
+  except ModuleNotFoundError:
+    if os.environ.get("REQUIRE_TPU"):
       raise
     return None
 

@@ -1,0 +1,218 @@
+"""plan: what a training step needs on a device, read from the compiled program."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+import numpy as np
+
+from optax_lowmem.files.memory_table import memory_table
+from optax_lowmem.planner import targets
+from optax_lowmem.states import DeltaBitsState
+from optax_lowmem.trees import nnx_variables, pytrees
+
+_GIB = 2**30
+# A CUDA context, its libraries, and what an allocator loses to fragmentation.
+RESERVE = 0.06
+_LABELS = {
+  "weights": "weights",
+  "residuals": "residuals",
+  "statistics": "statistics",
+  "other arguments": "other arguments",
+  "temporaries": "gradients, activations, temporaries",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The memory of a compiled training step; see :func:`optax_lowmem.plan`.
+
+  Attributes:
+    device: the device's name.
+    peak_bytes: bytes at the peak, on each device.
+    parts: bytes of the peak by part: ``"weights"``, ``"residuals"``,
+      ``"statistics"``, ``"other arguments"`` (batch, counters, loss scales) and
+      ``"temporaries"`` (gradients, activations, results that replace no argument).
+    num_params: the number of parameters; 0 if no argument was recognised.
+    copied_bytes: bytes of donated arguments that the program copies.
+    memory: bytes of the device; None if they are not known.
+
+  Examples:
+    >>> import optax_lowmem as lowmem
+    >>> plan = lowmem.Plan("an example", 3 * 2**30, {"weights": 2**30}, 2**29, memory=4 * 2**30)
+    >>> plan.verdict, plan.fits(2**31)
+    ('FITS', False)
+  """
+
+  device: str
+  peak_bytes: int
+  parts: dict[str, int]
+  num_params: int
+  copied_bytes: int = 0
+  memory: int | None = None
+
+  @property
+  def usable_bytes(self) -> int | None:
+    """The device's memory without a reserve of 6% (context, libraries, fragmentation)."""
+    return None if self.memory is None else int(self.memory * (1 - RESERVE))
+
+  def fits(self, nbytes: int | None = None) -> bool:
+    """Whether the peak is at most nbytes, by default the device's usable memory."""
+    limit = self.usable_bytes if nbytes is None else nbytes
+    if limit is None:
+      raise ValueError(f"The memory of {self.device} is not known; pass fits(nbytes).")
+    return self.peak_bytes <= limit
+
+  @property
+  def verdict(self) -> str:
+    """``"FITS"``; ``"TIGHT"`` if it fits the nominal memory alone; ``"NO"``; "" if not known."""
+    if self.memory is None:
+      return ""
+    return "FITS" if self.fits() else "TIGHT" if self.peak_bytes <= self.memory else "NO"
+
+  def __str__(self) -> str:
+    count = self.num_params
+    rows = [(_LABELS[part], nbytes) for part, nbytes in self.parts.items()]
+    rows.append(("peak", self.peak_bytes))
+    if self.usable_bytes is not None:
+      rows.append(("usable", self.usable_bytes))
+    lines = [f"{self.device}{': ' + self.verdict if self.verdict else ''}"]
+    for label, nbytes in rows:
+      per = f"{nbytes / count:10.2f} bytes/param" if count and label != "usable" else ""
+      lines.append(f"  {label:<36}{nbytes / _GIB:9.3f} GiB{per}")
+    if self.copied_bytes:
+      lines.append(
+        f"  {self.copied_bytes / _GIB:.3f} GiB of donated arguments are copied: return results in"
+        " the order of the arguments that they replace."
+      )
+    return "\n".join(lines)
+
+
+def plan(
+  step: Callable,
+  *args,
+  device: str | jax.Device | Sequence[jax.Device] | None = None,
+  donate_argnums: int | Sequence[int] = (),
+) -> Plan:
+  """Compiles a training step for a device that need not be there, and reads its memory.
+
+  Nothing is allocated and nothing runs.
+
+  Args:
+    step: the whole training step. A jitted function keeps its own donation.
+    *args: its arguments, arrays or ``jax.ShapeDtypeStruct``s (``jax.eval_shape``
+      makes them). The parameters and the optimizer state are recognised among
+      them, also inside a ``TrainState``.
+    device: None for the default device; ``"h100"``, ``"h200"``, ``"a100"``,
+      ``"l40s"``, ``"b200"``, ``"rtx5090"``, ``"v5e"``, ``"v5p"`` or ``"v6e"``; a
+      ``jax.Device``; or several, if the arguments' shardings name them.
+    donate_argnums: the arguments that the step may overwrite, as in ``jax.jit``.
+
+  Returns:
+    A :class:`optax_lowmem.Plan`. Print it, or read its fields.
+
+  Raises:
+    ModuleNotFoundError: if the device's compiler is not installed. The message
+      names the extra.
+    ValueError: for an unknown device, or donate_argnums of a jitted step.
+
+  Examples:
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax_lowmem as lowmem
+    >>> tx = lowmem.adamw(1e-3)
+    >>> params = {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    >>> params, opt_state = jax.eval_shape(lambda p: lowmem.init(tx, p), params)
+    >>> def step(params, opt_state, x):
+    ...   grads = jax.grad(lambda p: jnp.sum(jnp.tanh(x @ p["w"])))(params)
+    ...   return lowmem.step(tx, grads, opt_state, params)
+    >>> x = jax.ShapeDtypeStruct((8, 1024), jnp.bfloat16)
+    >>> plan = lowmem.plan(step, params, opt_state, x, donate_argnums=(0, 1))
+    >>> plan.parts["weights"], plan.parts["residuals"]
+    (2097152, 1048576)
+  """
+  is_jitted = hasattr(step, "trace")
+  if is_jitted and donate_argnums not in ((), None):
+    raise ValueError("step is jitted and has its own donate_argnums; leave them out here.")
+  args = nnx_variables.pure(args)
+  name, memory, placed = _placed(args, device)
+  jitted: Any = step if is_jitted else jax.jit(step, donate_argnums=donate_argnums)
+  lowered = jitted.trace(*placed).lower()
+  stats = lowered.compile().memory_analysis()
+  parts, count = _parts(args)
+  known = sum(parts.values())
+  parts["other arguments"] = max(stats.argument_size_in_bytes - known, 0)
+  parts["temporaries"] = max(stats.peak_memory_in_bytes - stats.argument_size_in_bytes, 0)
+  donated = [x for x in jax.tree.leaves(lowered.args_info) if x.donated]
+  given = sum(_nbytes(x.aval if hasattr(x, "aval") else x) for x in donated)
+  copied = max(given - stats.alias_size_in_bytes, 0)
+  return Plan(
+    name,
+    stats.peak_memory_in_bytes,
+    parts,
+    count,
+    copied if copied > given // 100 else 0,  # what is not padded differently
+    memory,
+  )
+
+
+def _placed(args, device) -> tuple[str, int | None, Any]:
+  """(the device's name, its memory, the arguments as structs on it)."""
+  memory = None
+  if isinstance(device, str):
+    found = targets.device(device)  # checks the name
+    name, memory = targets.TARGETS[device].name, targets.TARGETS[device].memory
+    return name, memory, _on(args, SingleDeviceSharding(found))
+  if device is None or isinstance(device, jax.Device):
+    found = jax.devices()[0] if device is None else device
+    return found.device_kind, memory, _on(args, SingleDeviceSharding(found))
+  devices = list(device)
+  everywhere = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
+  return f"{len(devices)} x {devices[0].device_kind}", memory, _on(args, everywhere, keeps=True)
+
+
+def _on(args, sharding, keeps: bool = False):
+  def place(x):
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+      return x
+    given = getattr(x, "sharding", None) if keeps else None
+    given = given if isinstance(given, NamedSharding) else sharding
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=given)
+
+  return jax.tree.map(place, args)
+
+
+def _parts(args) -> tuple[dict[str, int], int]:
+  """Weights, residuals and statistics among the arguments, and the number of parameters."""
+  pairs = [
+    (x.params, x.opt_state) for x in args if hasattr(x, "params") and hasattr(x, "opt_state")
+  ]
+  pairs += [(p, s) for p in args for s in args if p is not s and _belongs(p, s)]
+  if not pairs:
+    return {"weights": 0, "residuals": 0, "statistics": 0}, 0
+  table = memory_table(*pairs[0])
+  names = {"weights": "weights", "residuals": "residuals", "statistics": "moments"}
+  return {new: table.parts[old] for new, old in names.items()}, table.num_params
+
+
+def _belongs(params, opt_state) -> bool:
+  """Whether an argument is the parameters of another: by our formats, else by paths and shapes."""
+  leaves = pytrees.named_leaves(params)
+  tables = [x.formats.by_name for x in pytrees.find_states(opt_state, DeltaBitsState)]
+  if any(tables):
+    return all(name in leaves for table in tables for name in table)
+  found = [
+    (path, x.shape) for path, x in jax.tree_util.tree_leaves_with_path(opt_state) if np.shape(x)
+  ]
+  wanted = jax.tree_util.tree_leaves_with_path(params)
+  return bool(wanted) and all(
+    any(len(path) > len(own) and path[len(path) - len(own) :] == own and shape == x.shape
+        for path, shape in found)
+    for own, x in wanted
+  )  # fmt: skip
+
+
+def _nbytes(x) -> int:
+  return int(np.prod(x.shape)) * x.dtype.itemsize

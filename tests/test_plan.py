@@ -1,0 +1,174 @@
+"""lowmem.plan: the memory of a compiled step, by part, for devices that need not be there."""
+
+import functools
+
+from flax import nnx
+import h100
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import optax_lowmem as lowmem
+from optax_lowmem.planner import targets
+
+SHAPE = (1024, 1024)
+X = jax.ShapeDtypeStruct((8, SHAPE[0]), jnp.bfloat16)
+
+
+def loss_fn(params, x):
+  return jnp.sum(jnp.tanh(x @ params["w"].astype(jnp.bfloat16)).astype(jnp.float32))
+
+
+def structs(tx, init=lowmem.init):
+  params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+  return jax.eval_shape(functools.partial(init, tx), params)
+
+
+def train_step(tx):
+  def step(params, opt_state, x):
+    return lowmem.step(tx, jax.grad(loss_fn)(params, x), opt_state, params)
+
+  return step
+
+
+N = SHAPE[0] * SHAPE[1]
+
+
+def test_parts():
+  tx = lowmem.adamw(1e-3)
+  plan = lowmem.plan(train_step(tx), *structs(tx), X, donate_argnums=(0, 1))
+  assert plan.num_params == N
+  assert plan.parts["weights"] == 2 * N and plan.parts["residuals"] == N
+  assert plan.parts["statistics"] == 2.125 * N
+  assert X.size * 2 <= plan.parts["other arguments"] < X.size * 2 + 4096
+  assert sum(plan.parts.values()) == plan.peak_bytes
+  assert plan.copied_bytes == 0 and plan.memory is None and not plan.verdict
+  assert plan.fits(plan.peak_bytes) and not plan.fits(plan.peak_bytes - 1)
+  with pytest.raises(ValueError, match="not known"):
+    plan.fits()
+  assert "bytes/param" in str(plan) and "residuals" in str(plan)
+
+
+@pytest.mark.parametrize("weights", ["bf16+0", "bf16+16"])
+def test_other_optimizers(weights):
+  tx = lowmem.sgd(0.1, weights=weights)
+  plan = lowmem.plan(train_step(tx), *structs(tx), X, donate_argnums=(0, 1))
+  assert plan.parts["residuals"] == {"bf16+0": 0, "bf16+16": 2 * N}[weights]
+  assert plan.parts["statistics"] == 0 and plan.num_params == N
+
+
+def test_plain_optax():
+  tx = optax.adamw(1e-3)
+  params, opt_state = structs(tx, lambda tx, params: (params, tx.init(params)))
+
+  def step(params, opt_state, x):
+    updates, opt_state = tx.update(jax.grad(loss_fn)(params, x), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  plan = lowmem.plan(step, params, opt_state, X, donate_argnums=(0, 1))
+  assert plan.parts["weights"] == 4 * N and plan.parts["statistics"] == 8 * N
+
+
+def test_train_state_and_a_jitted_step():
+  params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+  create = functools.partial(
+    lowmem.TrainState.create, apply_fn=None, tx=lowmem.adamw(1e-3), loss_scale="dynamic"
+  )
+  state = jax.eval_shape(lambda params: create(params=params), params)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state, x):
+    grads = jax.grad(lambda p: state.scale_loss(loss_fn(p, x)))(state.params)
+    return state.apply_gradients(grads=grads)
+
+  plan = lowmem.plan(step, state, X)
+  assert plan.parts["weights"] == 2 * N and plan.parts["statistics"] == 2.125 * N
+  assert plan.copied_bytes == 0
+  with pytest.raises(ValueError, match="donate_argnums"):
+    lowmem.plan(step, state, X, donate_argnums=0)
+
+
+def test_nnx_variables():
+  model = nnx.eval_shape(lambda: nnx.Linear(*SHAPE, use_bias=False, rngs=nnx.Rngs(0)))
+  tx = lowmem.adamw(1e-3)
+  params, opt_state = jax.eval_shape(
+    functools.partial(lowmem.init, tx), nnx.state(model, nnx.Param)
+  )
+
+  def step(params, opt_state, x):
+    grads = jax.grad(lambda p: jnp.sum(jnp.tanh(x @ jax.tree.leaves(p)[0])))(params)
+    return lowmem.step(tx, grads, opt_state, params)
+
+  assert lowmem.plan(step, params, opt_state, X).parts["weights"] == 2 * N
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_donated_arguments_that_are_copied():
+  tx = lowmem.adamw(1e-3)
+  params, opt_state = structs(tx)
+
+  def step(params, opt_state, x):  # a new dtype: nothing can take the place of the weights
+    new, opt_state = train_step(tx)(params, opt_state, x)
+    return jax.tree.map(lambda w: w.astype(jnp.float32), new), opt_state
+
+  plan = lowmem.plan(step, params, opt_state, X, donate_argnums=(0, 1))
+  assert plan.copied_bytes == 2 * N
+  assert "donated" in str(plan)
+
+
+def test_several_devices():
+  mesh = jax.make_mesh((8,), ("data",), devices=jax.devices()[:8])
+  tx = lowmem.adamw(1e-3)
+
+  def shard(x):
+    spec = PartitionSpec("data") if len(x.shape) == 2 else PartitionSpec()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+  args = jax.tree.map(shard, (*structs(tx), X))
+  one = lowmem.plan(train_step(tx), *structs(tx), X, donate_argnums=(0, 1))
+  with jax.set_mesh(mesh):
+    eight = lowmem.plan(
+      train_step(tx), *args, device=list(mesh.devices.flat), donate_argnums=(0, 1)
+    )
+  assert eight.device.startswith("8 x ") and eight.peak_bytes < one.peak_bytes / 2
+
+
+@pytest.mark.h100
+@pytest.mark.parametrize("device", ["h100", "rtx5090"])
+def test_gpus(device):
+  tx = lowmem.adamw(1e-3)
+  args = *structs(tx), X
+  plan = lowmem.plan(train_step(tx), *args, device=device, donate_argnums=(0, 1))
+  compiled = h100.compiled(train_step(tx), *h100.on_device(args, device), donate=(0, 1))
+  assert plan.peak_bytes == compiled.memory_analysis().peak_memory_in_bytes
+  assert plan.verdict == "FITS" and "FITS" in str(plan)
+  assert plan.usable_bytes < plan.memory == targets.TARGETS[device].memory
+
+
+def test_verdicts():
+  plan = functools.partial(lowmem.Plan, "x", parts={}, num_params=0, memory=1000)
+  assert [plan(n).verdict for n in (940, 941, 1000, 1001)] == ["FITS", "TIGHT", "TIGHT", "NO"]
+
+
+def test_bad_input(monkeypatch):
+  tx = lowmem.adamw(1e-3)
+  args = *structs(tx), X
+  with pytest.raises(ValueError, match="h100.*v6e.*h300"):
+    lowmem.plan(train_step(tx), *args, device="h300")
+
+  def missing(*args, **kwargs):
+    raise RuntimeError("Unknown backend cuda")
+
+  monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+  targets.gpus.cache_clear()
+  with pytest.raises(ModuleNotFoundError, match=r"b200.*optax_lowmem\[plan\]"):
+    lowmem.plan(train_step(tx), *args, device="b200")
+
+
+def test_targets_are_consistent():
+  for name, target in targets.TARGETS.items():
+    assert target.memory > 2**33 and (target.is_tpu or target.cores > 0), name
+  assert np.all([x.topology.startswith(n) for n, x in targets.TARGETS.items() if x.is_tpu])
