@@ -10,7 +10,6 @@ import argparse
 import functools
 import importlib.util
 import pathlib
-import re
 import sys
 import time
 
@@ -86,7 +85,8 @@ def llama_on_sixteen(tpu) -> list[dict]:
       x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))
     )
 
-  for contender in (OURS, contenders.FP32_ADAMW, contenders.BF16_ADAMW, *peers()):
+  # rollfast's state does not trace on a mesh with Explicit axes.
+  for contender in (OURS, contenders.FP32_ADAMW, contenders.BF16_ADAMW):
     step = lambda params, state, grads, step=contender.step: step(grads, state, params)
     with jax.set_mesh(mesh):
       params, state = jax.eval_shape(contender.init, llama.structs())
@@ -124,8 +124,7 @@ def _peak(step, args, count: float | None = None) -> dict:
     lowered = jax.jit(step, donate_argnums=(0, 1)).trace(*args).lower()
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:  # the compiler knows the memory of the chip
-    used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-    why = f"{used[1]} GiB, more than the {used[2]} it has" if used else str(error)[:80]
+    why = "more than the TPU has" if "Ran out of memory" in str(error) else str(error)[:80]
     return {"does not compile": why}
   seconds = time.perf_counter() - start
   stats = compiled.memory_analysis()

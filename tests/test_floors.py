@@ -11,7 +11,7 @@ FLOORS = {
     "pallas_kernels": [["formats"], ["placement"], ["programs"], ["operations"], ["__init__"]],
     "optax_lowmem": [
       ["trees"], ["states"], ["engine"], ["transforms"], ["api"],
-      ["release", "flax", "files", "nnx"], ["planner"], ["__init__"],
+      ["release", "flax", "files", "nnx"], ["planner"], ["__init__", "plan"],
     ],
 }  # fmt: skip
 

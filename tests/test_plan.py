@@ -1,6 +1,9 @@
 """lowmem.plan: the memory of a compiled step, by part, for devices that need not be there."""
 
 import functools
+import importlib
+import json
+import sys
 
 from flax import nnx
 import h100
@@ -13,6 +16,7 @@ import pytest
 
 import optax_lowmem as lowmem
 from optax_lowmem.planner import targets
+from optax_lowmem.planner.estimate import estimate
 
 SHAPE = (1024, 1024)
 X = jax.ShapeDtypeStruct((8, SHAPE[0]), jnp.bfloat16)
@@ -172,3 +176,65 @@ def test_targets_are_consistent():
   for name, target in targets.TARGETS.items():
     assert target.memory > 2**33 and (target.is_tpu or target.cores > 0), name
   assert np.all([x.topology.startswith(n) for n, x in targets.TARGETS.items() if x.is_tpu])
+
+
+LLAMA = "--params 8.03e9 --layers 32 --width 4096 --sequence 2048 --vocabulary 128256".split()
+
+
+@pytest.mark.parametrize(
+  "arguments, status",
+  [
+    ([*LLAMA, "--release", "--device", "h100"], 0),
+    ([*LLAMA, "--release"], 0),
+    ([*LLAMA, "--device", "rtx5090"], 1),
+    (["--params", "1.2e9", "--weights", "fp32", "--statistics", "fp32", "--device", "v5e"], 1),
+    (["--params", "1e9", "--release"], 2),
+    (["--params", "-1"], 2),
+    (["--params", "1e9", "--weights", "fp8"], 2),
+    (["--params", "1e9", "--device", "abacus"], 2),
+    (["--step", "no_such_module:f"], 2),
+    (["--step", "json"], 2),
+    ([], 2),
+  ],
+  ids=str,
+)
+def test_command(arguments, status, capsys):
+  main = importlib.import_module("optax_lowmem.plan").main
+  assert callable(lowmem.plan)  # the command's module, imported, can be called, too
+  if status == 2:
+    with pytest.raises(SystemExit) as error:
+      main(arguments)
+    assert error.value.code == 2
+    assert "error: " in capsys.readouterr().err
+    return
+  assert main(arguments) == status
+  said = capsys.readouterr().out
+  assert "bytes/param" in said
+  assert main([*arguments, "--json"]) == status
+  found = json.loads(capsys.readouterr().out)
+  assert found["peak_bytes"] == sum(found["parts"].values())
+
+
+def test_formula():
+  """Exact for what stays in memory; near what is compiled for the rest (41.8 GiB on an H100)."""
+  found = estimate(
+    8.03e9, release=True, layers=32, width=4096, sequence=2048, vocabulary=128256, device="h100"
+  )
+  assert found.parts["weights"] == 2 * 8.03e9 and found.parts["statistics"] == 2.125 * 8.03e9
+  assert abs(found.peak_bytes / 2**30 - 41.8) < 1
+  sgd = estimate(1000, weights="fp16+13", statistics="bf16", optimizer="sgd")
+  assert sgd.parts["residuals"] == 1625 and sgd.parts["statistics"] == 2000
+
+
+def make_step():
+  tx = lowmem.adamw(1e-3)
+  return train_step(tx), (*structs(tx), X), (0, 1)
+
+
+def test_command_compiles(capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "a_training_script", sys.modules[__name__])
+  main = importlib.import_module("optax_lowmem.plan").main
+  assert main(["--step", "a_training_script:make_step", "--json"]) == 0
+  captured = capsys.readouterr()
+  assert "compiling" in captured.err
+  assert json.loads(captured.out)["parts"]["weights"] == 2 * N

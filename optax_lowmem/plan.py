@@ -1,0 +1,99 @@
+r"""Will it fit? The memory of a training step, from a shell.
+
+By formula, at once, from the number of parameters:
+
+    python -m optax_lowmem.plan --params 8.03e9 --layers 32 --width 4096 --sequence 2048 \
+      --vocabulary 128256 --release --device h100
+
+Compiled, from a function without arguments that returns (step, args) or
+(step, args, donate_argnums), with arrays or jax.ShapeDtypeStructs as args:
+
+    python -m optax_lowmem.plan --step my_module:make_step --device h100
+
+Exit status: 0 if it fits (or no device is named), 1 if it does not, 2 for unusable arguments.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import types
+
+from optax_lowmem.planner import targets
+from optax_lowmem.planner.estimate import STATISTICS, estimate
+from optax_lowmem.planner.plan import Plan, plan
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Prints a plan; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog="python -m optax_lowmem.plan",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--params", type=float, help="the number of parameters, such as 8.03e9")
+  source.add_argument("--step", metavar="MODULE:FUNCTION", help="compile this step")
+  parser.add_argument("--device", choices=targets.TARGETS, help="the GPU or TPU")
+  parser.add_argument("--json", action="store_true", help="print JSON")
+  formula = parser.add_argument_group("by formula")
+  formula.add_argument("--weights", default="bf16+8", help="their format; default: bf16+8")
+  formula.add_argument("--statistics", default="int8", help="their format; default: int8")
+  formula.add_argument("--optimizer", choices=STATISTICS, default="adamw")
+  formula.add_argument("--release", action="store_true", help="gradient release; needs --layers")
+  formula.add_argument("--layers", type=int)
+  formula.add_argument("--width", type=int, help="of the residual stream, for activations")
+  formula.add_argument("--batch", type=int, default=1, help="sequences a step")
+  formula.add_argument("--sequence", type=int, help="tokens a sequence, for activations")
+  formula.add_argument("--vocabulary", type=int, default=0, help="logits a token")
+  args = parser.parse_args(argv)
+  try:
+    found = _compiled(args) if args.step else _estimated(args)
+  except (ValueError, TypeError, ImportError, AttributeError) as error:
+    parser.error(str(error))  # exits with 2
+  if args.json:
+    print(json.dumps(_as_dict(found)))
+  else:
+    print(found)
+    print(_bars(found))
+  return int(found.verdict == "NO")
+
+
+def _estimated(args) -> Plan:
+  names = ("weights", "statistics", "optimizer", "release", "layers", "width", "batch", "sequence")
+  given = {name: getattr(args, name) for name in (*names, "vocabulary", "device")}
+  return estimate(args.params, **given)
+
+
+def _compiled(args) -> Plan:
+  module, colon, function = args.step.partition(":")
+  if not colon:
+    raise ValueError(f"--step is MODULE:FUNCTION; got {args.step!r}.")
+  sys.path.insert(0, "")
+  step, step_args, *donated = getattr(importlib.import_module(module), function)()
+  print(f"compiling for {args.device or 'this machine'} ...", file=sys.stderr, flush=True)
+  return plan(step, *step_args, device=args.device, donate_argnums=donated[0] if donated else ())
+
+
+def _as_dict(found: Plan) -> dict:
+  names = ("device", "peak_bytes", "parts", "num_params", "copied_bytes", "memory", "usable_bytes")
+  return {name: getattr(found, name) for name in names} | {"verdict": found.verdict}
+
+
+def _bars(found: Plan, width: int = 60) -> str:
+  """A bar for each part, against the peak or the device's usable memory."""
+  most = max(found.peak_bytes, found.usable_bytes or 0, 1)
+  return "\n".join(
+    f"  {part:<16}{'█' * round(width * nbytes / most)}" for part, nbytes in found.parts.items()
+  )
+
+
+class _Callable(types.ModuleType):
+  def __call__(self, *args, **kwargs) -> Plan:
+    return plan(*args, **kwargs)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
+# `import optax_lowmem.plan` puts this module in the place of the function `optax_lowmem.plan`.
+sys.modules[__name__].__class__ = _Callable
