@@ -2,10 +2,13 @@
 
 import functools
 import pickle
+import re
+import warnings
 
 import chex
 from conftest import assert_trees_equal, bits_of, float32_classes, normal_like, updated
 import flax.serialization
+import flax.training.train_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -486,3 +489,37 @@ def test_random_trees(data):
   for m, p, fmt in zip(jax.tree.leaves(masters), jax.tree.leaves(stepped), formats, strict=True):
     assert_trees_equal(lowmem.split(m, fmt, key=0)[0], p)
     chex.assert_type(m, jnp.float32)
+
+
+def warned(f) -> list[str]:
+  with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    f()
+  return [str(x.message) for x in found if x.category is UserWarning]
+
+
+def test_init_of_float32_leaves_warns():
+  """Law 17: they stay float32 and nothing is saved; once, with the first leaf and both ways out."""
+  params = {"a": jnp.ones((4, 32)), "b": jnp.ones(3), "half": jnp.ones(3, jnp.bfloat16)}
+  stock = functools.partial(flax.training.train_state.TrainState.create, apply_fn=None)
+  for init in (
+    lowmem.adamw(1e-3).init,
+    lowmem.delta_bits(optax.sgd(0.1)).init,
+    optax.chain(optax.clip(1.0), lowmem.adamw(1e-3)).init,
+    jax.jit(lowmem.adamw(1e-3).init),
+    lambda params: stock(params=params, tx=lowmem.adamw(1e-3)),
+  ):
+    (message,) = warned(lambda init=init: init(params))
+    assert re.search(r"params\['a'\].*1 more.*lowmem\.init.*weights=\"fp32\"", message)
+
+
+def test_no_warning_where_nothing_is_lost():
+  params = {"a": jnp.ones((4, 32)), "b": jnp.ones(3)}
+  accumulated = optax.MultiSteps(lowmem.adamw(1e-3), 2).gradient_transformation()
+  injected = optax.inject_hyperparams(lowmem.adamw, hyperparam_dtype=jnp.float32)(1e-3)
+  for tx in (lowmem.adamw(1e-3), accumulated, injected):
+    assert not warned(lambda tx=tx: lowmem.init(tx, params))
+  assert not warned(lambda: lowmem.adamw(1e-3, weights="fp32").init(params))
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  assert not warned(lambda: lowmem.adamw(1e-3).init(half))
+  assert not warned(lambda: lowmem.ema(0.9).init(params))

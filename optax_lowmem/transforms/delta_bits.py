@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import functools
 from typing import Any, Literal
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -259,7 +260,7 @@ def _check_update_dtype(update_dtype):
 def _formats_for(weights, params, *, converting: bool) -> Formats:
   """The formats of the leaves that get one; checks each leaf's dtype."""
   find = weights if callable(weights) else _prefix_lookup(weights, params)
-  table = []
+  table, left = [], []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = pytrees.name_of(path)
     fmt = DeltaFormat.parse(find(path, leaf))
@@ -268,9 +269,23 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
         f"params{name} is {leaf.dtype}, but its format {fmt.name} is for {fmt.dtype}; pass the"
         " matching format in weights=, or float32 parameters to lowmem.init."
       )
-    is_converted = converting and jnp.result_type(leaf) == jnp.float32
-    if not fmt.is_full_precision and (pytrees.is_half(leaf) or is_converted):
+    if fmt.is_full_precision:
+      continue
+    is_float32 = jnp.result_type(leaf) == jnp.float32
+    if pytrees.is_half(leaf) or (converting and is_float32):
       table.append((name, fmt))
+    elif is_float32:
+      left.append((name, fmt.name))
+  if left:
+    (name, fmt_name), *others = left
+    warnings.warn(
+      f"params{name} is float32 and stays so{f' (and {len(others)} more)' if others else ''}: its"
+      f" format {fmt_name} saves nothing, because tx.init converts no weights. Call"
+      " params, opt_state = lowmem.init(tx, params) instead (or lowmem.TrainState.create,"
+      ' lowmem.nnx.Optimizer); or pass weights="fp32" for leaves that are to stay float32.',
+      UserWarning,
+      stacklevel=5,
+    )
   return Formats(tuple(table))
 
 
