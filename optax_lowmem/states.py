@@ -159,6 +159,12 @@ def check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, j
           " made. Make the state with lowmem.init(tx, params32), or after casting."
         )
       continue
+    if jnp.result_type(leaf) == jnp.float32:
+      raise TypeError(
+        f"params{name} is float32, but its format {fmt.name} stores {fmt.dtype}. Adding float32"
+        " updates without a cast widens weights (eqx.apply_updates does): use optax.apply_updates"
+        ' or lowmem.step, or pass update_dtype="gradient" to the transformation.'
+      )
     checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
   for name, _ in formats.table:
     if name not in weights_by_name:
