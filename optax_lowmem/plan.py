@@ -95,5 +95,6 @@ class _Callable(types.ModuleType):
 
 if __name__ == "__main__":
   sys.exit(main())
-# `import optax_lowmem.plan` puts this module in the place of the function `optax_lowmem.plan`.
+# `import optax_lowmem.plan` replaces the function `optax_lowmem.plan` by this module.
 sys.modules[__name__].__class__ = _Callable
+__wrapped__ = plan  # what `inspect.signature` and `inspect.unwrap` look at

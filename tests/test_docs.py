@@ -8,6 +8,7 @@ A block behind `<!-- skip: next "reason" -->` does not run. The site's build run
 import doctest
 import functools
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -189,7 +190,7 @@ def test_public_names_have_examples():
   public = {
     x
     for package in (lowmem, pallas_kernels, lowmem.nnx)
-    for name, x in vars(package).items()
+    for name, x in ((name, inspect.unwrap(x)) for name, x in vars(package).items())
     if name[0] != "_" and callable(x) and x.__module__.split(".")[0] in PACKAGES
   }
   # What nobody calls: functions return them.
