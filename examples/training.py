@@ -25,7 +25,7 @@ FORMATS_HELP = """a format, or several separated by commas, each WEIGHTS or WEIG
 WEIGHTS: fp32 (Optax, float32); master-bf16, master-fp16 (Optax, float32 weights, the model computes
 in half precision); bf16, fp16 (Optax, naive half-precision weights); or a format of this library,
 for example bf16+8, optionally with roundings: bf16+4:truncate or bf16+4:nearest:stochastic (the
-second is that of the half-precision part). STATISTICS: int8, bf16, fp16 or fp32 (int8)"""
+second one rounds the half-precision part). STATISTICS: int8, bf16, fp16 or fp32 (int8)"""
 HALF = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 # (Optax's optimizer, ours, arguments of both, our names of the statistics).
 OPTIMIZERS: dict[str, tuple[Callable, Callable, dict, tuple[str, ...]]] = {

@@ -2,6 +2,7 @@
 
 import os
 
+from h100 import compiled as compiled
 import jax
 
 from optax_lowmem.planner import targets
@@ -25,11 +26,6 @@ def on_device(tree, target: str = "v5e"):
   found = devices(TOPOLOGIES[target])
   sharding = found and jax.sharding.SingleDeviceSharding(found[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def compiled(f, *structs, donate=()):
-  """f compiled for the structs' device."""
-  return jax.jit(f, donate_argnums=donate).trace(*structs).lower().compile()
 
 
 def kernels(compiled) -> int:

@@ -9,11 +9,12 @@ from optax_lowmem.trees import pytrees
 from pallas_kernels.formats import arithmetic
 
 
-def step(optimizer: Optimizer, updates, state, params):
+def step(optimizer: Optimizer, session: sessions.StepSession, updates, state, params):
   """A member's update inside ``lowmem.step``: new weights, as ``Landed``, and the new state.
 
   Args:
     optimizer: the member's optimizer.
+    session: the open session.
     updates: the gradients, as the members in front pass them on.
     state: the member's state.
     params: the parameters.
@@ -25,8 +26,6 @@ def step(optimizer: Optimizer, updates, state, params):
     ValueError: if the optimizer is not elementwise, or if it asks for a kernel but
       only the composed transformation can step.
   """
-  session = sessions.current(sessions.StepSession)
-  assert session is not None
   steps = LeafSteps.of(optimizer, state, params, updates)
   if steps is None:
     if optimizer.implementation not in (None, "xla"):

@@ -200,14 +200,17 @@ class LeafSteps:
     weights = pytrees.named_leaves(params)
     held = _held(optimizer, delta, weights)
     places = _places(quantized, inner_state, params, held)
-    return None if places is None else cls(optimizer, state, params, like, parts, held, places)
+    if places is None:
+      return None
+    return cls(optimizer, state, params, like, parts, weights, held, places)
 
-  def __init__(self, optimizer: Optimizer, state, params, like, parts, held: Formats, places):
-    """Called by ``of``."""
+  def __init__(
+    self, optimizer: Optimizer, state, params, like, parts, weights, held: Formats, places
+  ):
+    """Called by ``of``, with what it has read of the state and the parameters."""
     self._optimizer, self._state, self._params, self._like = optimizer, state, params, like
     self._delta, self._quantized, inner_state = parts
     self.held, self._places = held, places
-    weights = pytrees.named_leaves(params)
     residuals = {}
     if self._delta is not None:
       residuals = check_residuals(self._delta.residuals, weights, self._delta.formats)

@@ -49,8 +49,8 @@ class MemoryTable:
 
   def __str__(self) -> str:
     rows = [("part", "bytes", "bytes/param")]
-    for part, nbytes in (self.parts | {"total": self.total}).items():
-      rows.append((part, f"{nbytes:,}", f"{self.bytes_per_param[part]:.3f}"))
+    for part, count in (self.parts | {"total": self.total}).items():
+      rows.append((part, f"{count:,}", f"{self.bytes_per_param[part]:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     return "\n".join([*lines, f"{self.num_params:,} parameters"])
@@ -85,7 +85,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
     4,096 parameters
   """
   params, opt_state = nnx_variables.pure(params), nnx_variables.pure(opt_state)
-  parts = {"weights": _nbytes(params), "residuals": 0, "moments": 0, "rest": 0}
+  parts = {"weights": nbytes(params), "residuals": 0, "moments": 0, "rest": 0}
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   suffixes = {tuple(map(str, path)) for path in paths}
 
@@ -95,8 +95,8 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
     )
     for path, leaf in flat:
       if isinstance(leaf, DeltaBitsState):
-        parts["residuals"] += _nbytes(leaf.residuals)
-        parts["rest"] += _nbytes((leaf.formats, leaf.step, leaf.key))
+        parts["residuals"] += nbytes(leaf.residuals)
+        parts["rest"] += nbytes((leaf.formats, leaf.step, leaf.key))
         count(leaf.inner_state)
       else:
         steps = tuple(map(str, path))
@@ -105,11 +105,11 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
         is_moment = follows and (
           isinstance(leaf, Blocks) or jnp.shape(leaf) or pytrees.is_inexact(leaf)
         )
-        parts["moments" if is_moment else "rest"] += _nbytes(leaf)
+        parts["moments" if is_moment else "rest"] += nbytes(leaf)
 
   count((opt_state,))
   if grads is not None:
-    parts["gradients"] = _nbytes(grads)
+    parts["gradients"] = nbytes(grads)
   return MemoryTable(parts, sum(_size(x) for x in jax.tree.leaves(params)))
 
 
@@ -117,7 +117,8 @@ def _size(x) -> int:
   return int(jnp.size(x)) if not hasattr(x, "size") else int(x.size)
 
 
-def _nbytes(tree) -> int:
+def nbytes(tree) -> int:
+  """The bytes of a tree's arrays or structs as they are stored."""
   return sum(-(-_size(x) * _bits(x) // 8) for x in jax.tree.leaves(tree))
 
 

@@ -59,8 +59,7 @@ def estimate(
   """
   if optimizer not in STATISTICS:
     raise ValueError(f"optimizer must be one of {', '.join(STATISTICS)}; got {optimizer!r}.")
-  if device is not None and device not in targets.TARGETS:
-    raise ValueError(f"device must be one of {', '.join(targets.TARGETS)}; got {device!r}.")
+  target = None if device is None else targets.named(device)
   if release and layers is None:
     raise ValueError("release needs layers: the gradients of one of them exist at a time.")
   numbers = {"num_params": num_params, "layers": layers, "width": width, "sequence": sequence}
@@ -81,6 +80,6 @@ def estimate(
     "other arguments": 0,
     "temporaries": gradients + activations,
   }
-  name = "estimate" if device is None else f"{targets.TARGETS[device].name}, estimate"
-  memory = None if device is None else targets.TARGETS[device].memory
+  name = "estimate" if target is None else f"{target.name}, estimate"
+  memory = None if target is None else target.memory
   return Plan(name, sum(parts.values()), parts, int(num_params), memory=memory)

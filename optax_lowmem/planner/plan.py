@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 import numpy as np
 
-from optax_lowmem.files.memory_table import memory_table
+from optax_lowmem.files.memory_table import memory_table, nbytes
 from optax_lowmem.planner import targets
 from optax_lowmem.states import DeltaBitsState
 from optax_lowmem.trees import nnx_variables, pytrees
@@ -74,14 +74,14 @@ class Plan:
 
   def __str__(self) -> str:
     count = self.num_params
-    rows = [(_LABELS[part], nbytes) for part, nbytes in self.parts.items()]
+    rows = [(_LABELS[part], size) for part, size in self.parts.items()]
     rows.append(("peak", self.peak_bytes))
     if self.usable_bytes is not None:
       rows.append(("usable", self.usable_bytes))
     lines = [f"{self.device}{': ' + self.verdict if self.verdict else ''}"]
-    for label, nbytes in rows:
-      per = f"{nbytes / count:10.2f} bytes/param" if count and label != "usable" else ""
-      lines.append(f"  {label:<36}{nbytes / _GIB:9.3f} GiB{per}")
+    for label, size in rows:
+      per = f"{size / count:10.2f} bytes/param" if count and label != "usable" else ""
+      lines.append(f"  {label:<36}{size / _GIB:9.3f} GiB{per}")
     if self.copied_bytes:
       lines.append(
         f"  {self.copied_bytes / _GIB:.3f} GiB of donated arguments are copied: return results in"
@@ -146,7 +146,7 @@ def plan(
   parts["other arguments"] = max(stats.argument_size_in_bytes - known, 0)
   parts["temporaries"] = max(stats.peak_memory_in_bytes - stats.argument_size_in_bytes, 0)
   donated = [x for x in jax.tree.leaves(lowered.args_info) if x.donated]
-  given = sum(_nbytes(x.aval if hasattr(x, "aval") else x) for x in donated)
+  given = nbytes([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in donated])
   copied = max(given - stats.alias_size_in_bytes, 0)
   return Plan(
     name,
@@ -160,17 +160,15 @@ def plan(
 
 def _placed(args, device) -> tuple[str, int | None, Any]:
   """(the device's name, its memory, the arguments as structs on it)."""
-  memory = None
   if isinstance(device, str):
-    found = targets.device(device)  # checks the name
-    name, memory = targets.TARGETS[device].name, targets.TARGETS[device].memory
-    return name, memory, _on(args, SingleDeviceSharding(found))
+    target = targets.named(device)
+    return target.name, target.memory, _on(args, SingleDeviceSharding(targets.device(device)))
   if device is None or isinstance(device, jax.Device):
     found = jax.devices()[0] if device is None else device
-    return found.device_kind, memory, _on(args, SingleDeviceSharding(found))
+    return found.device_kind, None, _on(args, SingleDeviceSharding(found))
   devices = list(device)
   everywhere = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-  return f"{len(devices)} x {devices[0].device_kind}", memory, _on(args, everywhere, keeps=True)
+  return f"{len(devices)} x {devices[0].device_kind}", None, _on(args, everywhere, keeps=True)
 
 
 def _on(args, sharding, keeps: bool = False):
@@ -212,7 +210,3 @@ def _belongs(params, opt_state) -> bool:
         for path, shape in found)
     for own, x in wanted
   )  # fmt: skip
-
-
-def _nbytes(x) -> int:
-  return int(np.prod(x.shape)) * x.dtype.itemsize

@@ -139,11 +139,16 @@ def tpus(topology: str):
     raise ModuleNotFoundError(_missing(topology, "tpu")) from error
 
 
-def device(target: str):
-  """One device of a target, by its name in TARGETS."""
+def named(target: str) -> Target:
+  """A target, by its name in TARGETS; raises a ValueError for another name."""
   if target not in TARGETS:
     raise ValueError(f"device must be one of {', '.join(TARGETS)}; got {target!r}.")
-  found = TARGETS[target]
+  return TARGETS[target]
+
+
+def device(target: str):
+  """One device of a target, by its name in TARGETS."""
+  found = named(target)
   return tpus(found.topology)[0] if found.is_tpu else gpus(target)[0]
 
 

@@ -123,7 +123,7 @@ def delta_bits(
     # Our own optimizers take no extra arguments; a declared one may read them.
     if optimizer is not None and not (optimizer.is_declared and extra_args):
       if session is not None:
-        new = in_place.step(optimizer, updates, state, params)
+        new = in_place.step(optimizer, session, updates, state, params)
       elif update_dtype != "gradient":
         new = in_place.update(optimizer, updates, state, params)
     if new is None:

@@ -135,8 +135,8 @@ def element_bits(key, index, index_high=0, lane: int = 0):
   """32 random bits for each element of an array or a tile, of any shape.
 
   Args:
-    key: the two uint32 scalars of one row of ``stream_keys``; or four, of which lane
-      0 takes the first two and every other lane the last two.
+    key: the two uint32 scalars of one row of ``stream_keys``. Four scalars are two
+      keys: lane 0 takes the first, every other lane the second.
     index: uint32, the low half of the element's place in the whole array.
     index_high: uint32 (or 0), the high half of that place.
     lane: 0 for a weight. Each further lane gives more bits for the same element

@@ -78,10 +78,12 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
     implementation, low, update, residual_bits=fmt.residual_bits, has_tpu_kernel=True
   )
   by_xla, by_tpu = functools.partial(_xla, fmt), functools.partial(_mosaic_tpu, fmt)
-  takes_kernel = fmt.residual_bits in (8, 16) and mosaic_tpu.takes(low.shape, low.shape, True)
+  takes_kernel = mosaic_tpu.takes(low.shape, low.shape, True)
   if chosen == "mosaic_tpu" and takes_kernel:
     return by_tpu(low, delta, update, stream)
-  if implementation is None and takes_kernel and not sharded.has_explicit_axes(low):
+  has_two_results = fmt.residual_bits in (8, 16)
+  is_explicit = sharded.has_explicit_axes(low)
+  if implementation is None and takes_kernel and has_two_results and not is_explicit:
     # XLA:TPU makes two passes, one for each result, and a copy of the residual.
     programs = {"any": by_xla, "mosaic_tpu": by_tpu}
     return by_device(programs, low, delta, update, stream, like=(low, delta))

@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
 from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.programs import tiles
+from pallas_kernels.programs.leaf import from_float32, in_float32
 from pallas_kernels.programs.tiles import HAS_STORE, TILE_ROWS, BlockLeaf
 
 
@@ -54,7 +55,7 @@ def blockwise(
       blocks along the last axis.
   """
   parts = parts or [None] * len(leaves)
-  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  numbers = [in_float32(scalars)] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   indices = [] if index is None else [jnp.asarray(index).astype(jnp.int32).reshape(1)]
   groups = tiles.groups([leaf.read.shape[0] for leaf in leaves])
@@ -66,7 +67,7 @@ def blockwise(
     unflattened = jax.tree.unflatten(treedef, refs[: len(operands)])
     number_refs, flag_refs, index_refs, table_refs, leaf_refs = unflattened
     program = jax.lax.axis_index("tile")
-    numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
+    numbers = [x for ref in number_refs for x in from_float32(ref, scalars)]
     taken = [flag_refs[0][0] != 0] if flag_refs else []
     index = index_refs[0][0] if index_refs else None
     first = 0
@@ -115,14 +116,14 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
   rows, n = leaf.read.shape
   columns = n // BLOCK
   layout = _row_layout() if n % 8 else _block_layout(TILE_ROWS)
-  numbers = [jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])] if scalars else []
+  numbers = [in_float32(scalars)] if scalars else []
   flags = [] if when is None else [jnp.asarray(when).astype(jnp.int32).reshape(1)]
   operands, treedef = jax.tree.flatten((numbers, flags, leaf))
 
   def body(*refs):
     number_refs, flag_refs, leaf = jax.tree.unflatten(treedef, refs)
     program = jax.lax.axis_index("tile")
-    numbers = [_as(ref[i], x.dtype) for ref in number_refs for i, x in enumerate(scalars)]
+    numbers = [x for ref in number_refs for x in from_float32(ref, scalars)]
 
     def run():
       first_row, block = program // columns * TILE_ROWS, program % columns
@@ -190,11 +191,6 @@ def _in_whole(start_ref, part):
     0 if n == m else start_ref[i] for i, (n, m) in enumerate(zip(shape, whole, strict=True))
   ]
   return lambda first, row: whole_place(first + row, shape, Window(tuple(starts), whole))
-
-
-def _as(number, dtype):
-  """Restores the dtype of a scalar that was passed as float32."""
-  return number != 0 if dtype == jnp.bool_ else number.astype(dtype)
 
 
 def _run_tiles(

@@ -5,8 +5,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.formats import arithmetic
+from pallas_kernels.formats.state_formats import Blocks
 
 Rule = Callable[[jax.Array, jax.Array, list[jax.Array]], tuple[jax.Array, list[jax.Array]]]
 
@@ -28,6 +30,36 @@ class Leaf(NamedTuple):
   delta: jax.Array | None
   statistics: list[Any]
   stream: jax.Array
+
+
+def stored_parts(low, delta, statistics) -> tuple[list[Any], list[Any]]:
+  """The arrays of a weight and its state: the values, one an element, and the scales."""
+  values = [low] if delta is None else [low, delta]
+  values += [x.codes if isinstance(x, Blocks) else x for x in statistics]
+  return values, [x.scale for x in statistics if isinstance(x, Blocks)]
+
+
+def from_parts(like, values, scales) -> tuple[Any, Any, list[Any]]:
+  """The inverse of ``stored_parts``: (low, delta, statistics), with the structure of like."""
+  _, delta, statistics = like
+  (low, *others), scales = values, iter(scales)
+  delta = None if delta is None else others.pop(0)
+  statistics = [
+    Blocks(x, next(scales)) if isinstance(old, Blocks) else x
+    for x, old in zip(others, statistics, strict=True)
+  ]
+  return low, delta, statistics
+
+
+def in_float32(scalars) -> jax.Array:
+  """The scalars of a rule as a kernel's operand: float32, or exact in it (bools, integers)."""
+  return jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
+
+
+def from_float32(numbers, scalars) -> list[jax.Array]:
+  """Reads the scalars in a kernel, in their dtypes again; the inverse of ``in_float32``."""
+  read = ((numbers[i], x.dtype) for i, x in enumerate(scalars))
+  return [x != 0 if dtype == jnp.bool_ else x.astype(dtype) for x, dtype in read]
 
 
 def is_small(shape: tuple[int, ...]) -> bool:

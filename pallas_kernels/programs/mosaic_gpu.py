@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.random_bits import Window
-from pallas_kernels.formats.state_formats import BLOCK, Blocks
+from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.placement import implementations
 from pallas_kernels.programs import joined, tiles
-from pallas_kernels.programs.leaf import Leaf, bound, is_small
+from pallas_kernels.programs.leaf import Leaf, bound, from_parts, is_small, stored_parts
 from pallas_kernels.programs.tile_step import tile_step
 
 # Leaves of one size in a kernel: more would save launches but add seconds of compile time.
@@ -109,14 +109,9 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   def cut(of_rows, start: int) -> Leaf:
     place = of_rows, slice(start, n)
     values = [ref[place] for ref in written.refs]
-    scales = iter([ref[of_rows, start // BLOCK :] for ref in written.scale_refs])
+    scales = [ref[of_rows, start // BLOCK :] for ref in written.scale_refs]
     read = written.read[place]
-    low, *others = values
-    delta = None if leaf.delta is None else others.pop(0)
-    statistics = [
-      Blocks(x, next(scales)) if isinstance(old, Blocks) else x
-      for x, old in zip(others, leaf.statistics, strict=True)
-    ]
+    low, delta, statistics = from_parts(leaf[1:4], values, scales)
     gradient, low = (low, read) if lands else (read, low)
     return Leaf(gradient, low, delta, statistics, leaf.stream)
 
@@ -125,12 +120,10 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   blocks = max(-(-len(first) // tiles.TILE_ROWS) * tiles.TILE_ROWS for _, _, first in parts)
   for of_rows, start, first in parts:
     some = [cut(of_rows, start)]
-    ((low, delta, statistics),) = joined.step(
+    (new,) = joined.step(
       joined_kernel, some, None, None, on_gpu=True, whole_tiles=blocks, places=[first]
     )
-    values = [low] if delta is None else [low, delta]
-    values += [x.codes if isinstance(x, Blocks) else x for x in statistics]
-    scales = [x.scale for x in statistics if isinstance(x, Blocks)]
+    values, scales = stored_parts(*new)
     for ref, x in zip(written.refs, values, strict=True):
       ref[of_rows, start:] = x
     for ref, x in zip(written.scale_refs, scales, strict=True):
@@ -153,11 +146,8 @@ def _operands(
   gradient, low = leaf.gradient, leaf.low
   if lands:
     gradient, low = low, gradient
-  values = [low] if leaf.delta is None else [low, leaf.delta]
-  values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
-  scales = [x.scale.reshape(-1) for x in leaf.statistics if isinstance(x, Blocks)]
-  if row != BLOCK:
-    scales = [x.reshape(-1, -(-row // BLOCK)) for x in scales]
+  values, scales = stored_parts(low, leaf.delta, leaf.statistics)
+  scales = [x.reshape(-1) if row == BLOCK else x.reshape(-1, -(-row // BLOCK)) for x in scales]
   refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
   start, rows = None, tuple[jax.Array, ...]()
   if window is not None:
@@ -171,20 +161,9 @@ def _operands(
 
 def _frozen(leaf: Leaf, written: tiles.BlockLeaf):
   """The results of the kernel, in the shapes of the leaf."""
-  values, scales = iter(written.refs), iter(written.scale_refs)
-
-  def take(refs, x):
-    return jax.freeze(next(refs)).reshape(x.shape)
-
-  low = take(values, leaf.low)
-  delta = None if leaf.delta is None else take(values, leaf.delta)
-  statistics = [
-    Blocks(take(values, x.codes), take(scales, x.scale))
-    if isinstance(x, Blocks)
-    else take(values, x)
-    for x in leaf.statistics
-  ]
-  return low, delta, statistics
+  values, scales = (list(map(jax.freeze, refs)) for refs in (written.refs, written.scale_refs))
+  old = leaf[1:4]
+  return jax.tree.map(lambda x, y: x.reshape(y.shape), from_parts(old, values, scales), old)
 
 
 def _in_blocks(window: Window | None) -> Window | None:

@@ -15,9 +15,17 @@ import jax.numpy as jnp
 
 from pallas_kernels.formats import arithmetic
 from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
-from pallas_kernels.formats.state_formats import BLOCK, Blocks
+from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.placement import implementations
-from pallas_kernels.programs.leaf import Leaf, bound, is_small
+from pallas_kernels.programs.leaf import (
+  Leaf,
+  bound,
+  from_float32,
+  from_parts,
+  in_float32,
+  is_small,
+  stored_parts,
+)
 from pallas_kernels.programs.tile_step import tile_step
 
 LANES, SUBLANES = 128, 32  # the native tile of int8
@@ -84,14 +92,11 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
   tiling = _Tiling.of(leaf.gradient.shape)
   merged = lambda x: _as_bits(x).reshape(-1, *x.shape[-2:])  # merging leading axes moves nothing
   read, written = (leaf.low, leaf.gradient) if lands else (leaf.gradient, leaf.low)
-  values = [written] if leaf.delta is None else [written, leaf.delta]
-  values += [x.codes if isinstance(x, Blocks) else x for x in leaf.statistics]
-  scales = [x.scale for x in leaf.statistics if isinstance(x, Blocks)]
+  values, scales = stored_parts(written, leaf.delta, leaf.statistics)
   in_place = list(map(merged, (*values, *scales)))
   # New weights that land replace the gradients only if these have their dtype.
   types = [_as_bits(leaf.low).dtype, *(x.dtype for x in in_place[1:])]
 
-  numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
   whole = leaf.low.shape if window is None else window.shape
   start = [0] * len(whole) if window is None else window.start
   begin = [when is None or when, 0 if index is None else index, *start]
@@ -119,7 +124,7 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
 
   def body(integers_ref, numbers_ref, words_ref, read_ref, *refs):
     olds, news = refs[: len(in_place)], refs[len(in_place) :]
-    rule = bound(rules, [_as(numbers_ref[i], x.dtype) for i, x in enumerate(scalars)])
+    rule = bound(rules, from_float32(numbers_ref, scalars))
     words = [words_ref[i] for i in range(leaf.stream.shape[0])]
     split = lambda refs: (refs[: len(values)], refs[len(values) :])
     run = functools.partial(
@@ -162,18 +167,11 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
     ),
     out_shape=[jax.ShapeDtypeStruct(x.shape, t) for x, t in zip(in_place, types, strict=True)],
     input_output_aliases=aliases,
-  )(integers, numbers, leaf.stream, merged(read), *in_place)
+  )(integers, in_float32(scalars), leaf.stream, merged(read), *in_place)
 
-  results = iter(found)
-  take = lambda x, dtype=None: _of_bits(next(results), dtype or x.dtype).reshape(x.shape)
-  low = take(written, leaf.low.dtype)
-  delta = None if leaf.delta is None else take(leaf.delta)
-  codes = [take(x.codes if isinstance(x, Blocks) else x) for x in leaf.statistics]
-  statistics = [
-    Blocks(x, take(old.scale)) if isinstance(old, Blocks) else x
-    for x, old in zip(codes, leaf.statistics, strict=True)
-  ]
-  return low, delta, statistics
+  old = leaf[1:4]
+  new = from_parts(old, found[: len(values)], found[len(values) :])
+  return jax.tree.map(lambda x, y: _of_bits(x, y.dtype).reshape(y.shape), new, old)
 
 
 def _run_tile(tiling: _Tiling, step_tile, places, words, read_ref, olds, news):
@@ -262,8 +260,3 @@ def _of_bits(x, dtype):
 def _low(x):
   """float32 that is a bfloat16 -> bfloat16."""
   return arithmetic.low_of(arithmetic.bits_of(x) >> _U32(16), jnp.bfloat16)
-
-
-def _as(number, dtype):
-  """A scalar that was passed as float32."""
-  return number != 0 if dtype == jnp.bool_ else number.astype(dtype)
