@@ -37,6 +37,7 @@ from optax_lowmem.transforms.loss_scaling import dynamic_loss_scale as dynamic_l
 from optax_lowmem.transforms.loss_scaling import loss_scale as loss_scale
 from optax_lowmem.transforms.loss_scaling import scale_loss as scale_loss
 from optax_lowmem.transforms.loss_scaling import static_loss_scale as static_loss_scale
+from optax_lowmem.transforms.muon import muon as muon
 from optax_lowmem.transforms.optimizers import adam as adam
 from optax_lowmem.transforms.optimizers import adamw as adamw
 from optax_lowmem.transforms.optimizers import lion as lion

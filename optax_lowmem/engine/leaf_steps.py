@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_lowmem.engine import matrix_steps
+from optax_lowmem.engine.matrix_steps import Axes, Matrices
 from optax_lowmem.engine.portable import portable_update
 from optax_lowmem.states import (
   DeltaBitsState,
@@ -89,7 +91,7 @@ class Stored(NamedTuple):
 
 
 class Optimizer:
-  """An elementwise optimizer of Optax.
+  """An optimizer of Optax that is elementwise, or Muon.
 
   Attributes:
     make: a function from a weight-decay mask (None, a tree of bools, one bool) to
@@ -100,6 +102,7 @@ class Optimizer:
       there is none.
     is_declared: whether a user declared it elementwise. Then its float32 leaves are
       stepped leaf by leaf, too, and its statistics have a stream of their own.
+    matrices: Muon's step of a matrix; None for an elementwise optimizer.
   """
 
   def __init__(
@@ -109,14 +112,19 @@ class Optimizer:
     implementation: implementations.Implementation | None,
     fold: Fold | str,
     is_declared: bool = False,
+    matrices: Matrices | None = None,
   ):
     self.is_declared = is_declared
     self.make = make
     self.mask = mask
     self.implementation = implementation
     self.fold = fold
+    self.matrices = matrices
     # jit traces groups of one kind once.
     self.step_group = jax.jit(_step_group, static_argnums=(0, 1), static_argnames="lands")
+    if matrices is not None:
+      step_matrix = functools.partial(matrix_steps.step_matrices, matrices)
+      self.step_matrix = jax.jit(step_matrix, static_argnums=(0, 1, 2), static_argnames="lands")
     self._rules: dict[Any, Hoisted] = {}
 
   @classmethod
@@ -138,6 +146,10 @@ class Optimizer:
 
   def _traced(self, kind: "_RuleKind"):
     inner, paths = self.make(kind.decays), kind.paths
+    if kind.matrix_rule:
+      struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct((), jnp.float32))
+      assert self.matrices is not None
+      return matrix_steps.rules(self.matrices, kind.decays, struct)[kind.matrix_rule]
 
     def rule(g, w, values, scalars, factor):
       struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
@@ -276,6 +288,13 @@ class LeafSteps:
       streams = {name: jnp.concatenate([streams[name], own[name]]) for name in names}
     kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
     new = dict(stored)
+    if self._optimizer.matrices is not None and micro_batch is None:
+      for name in names:
+        leaf = Leaf(gradients[name].value, *stored[name][:2], list(stored[name][2]), streams[name])
+        new[name] = self._step_matrix(
+          name, kinds[name], leaf, gradients[name].factor, taken, index, lands
+        )
+      return new
     rules: dict[_RuleKind, tuple[Hoisted, list[jax.Array]]] = {}
     shapes = {name: g.value.shape for name, g in gradients.items()}
     largest = max(shapes.values(), key=math.prod, default=())
@@ -293,6 +312,41 @@ class LeafSteps:
         new[name] = Stored(low, residual, tuple(statistics))
     return new
 
+  @functools.cached_property
+  def _axes(self) -> dict[str, Axes]:
+    """The axes of each matrix, by leaf name."""
+    assert self._optimizer.matrices is not None
+    return self._optimizer.matrices.axes(self._params)
+
+  def _step_matrix(self, name: str, kind: "_Kind", leaf: Leaf, factor, taken, index, lands):
+    optimizer, axes = self._optimizer, self._axes[name]
+    assert optimizer.matrices is not None
+    if index is not None and not axes.is_stack:
+      raise ValueError(
+        f"params{name} of shape {leaf.low.shape} is one matrix for lowmem.muon, but loss_fn scans"
+        " over its first axis. Give it None in muon_weight_dimension_numbers, and AdamW steps it."
+      )
+    scale = optimizer.matrices.scale(leaf.low.shape, axes)
+    shape, decays = leaf.gradient.shape, kind.rule.decays
+    kinds = (
+      kind.rule._replace(matrix_rule="momentum"),
+      _RuleKind(decays, (), is_scaled=True, folds=False, matrix_rule="update"),
+    )
+    programs, numbers = zip(
+      *(
+        optimizer.rule(of, shape, self._scalars, by)
+        for of, by in zip(kinds, (factor, scale), strict=True)
+      ),
+      strict=True,
+    )
+    one = optimizer.make(decays)
+    struct = jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))
+    state = matrix_steps.state_of(struct, self._scalars)
+    low, residual, statistics = optimizer.step_matrix(
+      programs, kind, axes, leaf, state, factor, numbers, taken, index, lands=lands
+    )
+    return Stored(low, residual, tuple(statistics))
+
   def _kind(self, name: str, gradient: Gradient, folds: bool) -> "_Kind":
     places, is_scaled = self._of[name], gradient.factor is not None
     paths = tuple(place.path for place in places)
@@ -308,7 +362,10 @@ class LeafSteps:
   def step_rest(self, updates):
     """Steps counters and leaves without a format as Optax does: (updates, state)."""
     inner = self._optimizer.make(self._mask[0])
-    return portable_update(inner, self._rest(updates), self.old_rest, self._rest(self._params))
+    args = self._rest(updates), self.old_rest, self._rest(self._params)
+    if self._optimizer.matrices is not None:
+      return inner.update(*args)
+    return portable_update(inner, *args)
 
   def _rest(self, tree):
     return pytrees.map_named(lambda name, x: optax.MaskedNode() if self.held.get(name) else x, tree)
@@ -405,12 +462,14 @@ class _RuleKind(NamedTuple):
     paths: the paths of their statistics, as in ``_Place``.
     is_scaled: whether the step multiplies the gradients by a factor.
     folds: whether the gradients enter the statistics alone.
+    matrix_rule: the rule of ``matrix_steps.rules``; "" for an elementwise optimizer.
   """
 
   decays: bool | None
   paths: tuple
   is_scaled: bool
   folds: bool
+  matrix_rule: str = ""
 
 
 class _Kind(NamedTuple):

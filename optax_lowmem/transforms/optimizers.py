@@ -98,7 +98,7 @@ def adamw(
       learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
     )
 
-  fold = _adam_fold(b1, b2, nesterov)
+  fold = average_fold({"mu": b1, "nu": b2}, nesterov)
   optimizer = Optimizer(make, mask, implementation, fold)
   return _half(optimizer, weights, formats, key, update_dtype)
 
@@ -169,7 +169,7 @@ def adam(
     del mask  # there is no weight decay
     return optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
 
-  fold = _adam_fold(b1, b2, nesterov)
+  fold = average_fold({"mu": b1, "nu": b2}, nesterov)
   optimizer = Optimizer(make, None, implementation, fold)
   return _half(optimizer, weights, formats, key, update_dtype)
 
@@ -310,15 +310,24 @@ def _half(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
   return delta_bits(inner, weights, key=key, update_dtype=update_dtype, elementwise=optimizer)
 
 
-def _adam_fold(b1, b2, nesterov: bool) -> Fold | str:
-  """How a micro-batch enters Adam's moments, which decay only at the last one (AdamA)."""
+def average_fold(decays: dict[str, Any], nesterov: bool) -> Fold | str:
+  """How a micro-batch enters averages, which decay only at the last one (AdamA).
+
+  Args:
+    decays: the decay rates by field; ``"nu"`` averages squares.
+    nesterov: whether the update looks one step ahead.
+
+  Returns:
+    The function, or the reason why there is none.
+  """
   if nesterov:
     return "with nesterov=True, the update also needs the gradient of the whole batch"
-  if any(not isinstance(b, jax.core.Tracer) and b == 0 for b in (b1, b2)):
-    return "with b1=0 or b2=0, a moment keeps nothing of earlier micro-batches"
+  if any(not isinstance(b, jax.core.Tracer) and b == 0 for b in decays.values()):
+    return "with a decay rate of 0, a moment keeps nothing of earlier micro-batches"
 
   def fold(field: str, x, g):
-    return x + (1 - b1) / b1 * g if field == "mu" else x + (1 - b2) / b2 * (g * g)
+    b = decays[field]
+    return x + (1 - b) / b * (g * g if field == "nu" else g)
 
   return fold
 
