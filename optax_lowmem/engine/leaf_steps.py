@@ -230,7 +230,8 @@ class LeafSteps:
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
     self.old_rest = jax.tree.unflatten(self._treedef, kept)
     one = optimizer.make(None if optimizer.mask is None else True)
-    fixed = dict(_leaves(jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))))
+    self._one = jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))
+    fixed = dict(_leaves(self._one))
     self._scalars = [x for path, x in _leaves(self.old_rest) if path in fixed]
     self._step = state.step + 1
     self._of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
@@ -326,24 +327,21 @@ class LeafSteps:
         f"params{name} of shape {leaf.low.shape} is one matrix for lowmem.muon, but loss_fn scans"
         " over its first axis. Give it None in muon_weight_dimension_numbers, and AdamW steps it."
       )
+    ahead = kind.rule._replace(matrix_rule="ahead")
+    update = _RuleKind(kind.rule.decays, (), is_scaled=True, folds=False, matrix_rule="update")
     scale = optimizer.matrices.scale(leaf.low.shape, axes)
-    shape, decays = leaf.gradient.shape, kind.rule.decays
-    kinds = (
-      kind.rule._replace(matrix_rule="momentum"),
-      _RuleKind(decays, (), is_scaled=True, folds=False, matrix_rule="update"),
-    )
-    programs, numbers = zip(
-      *(
-        optimizer.rule(of, shape, self._scalars, by)
-        for of, by in zip(kinds, (factor, scale), strict=True)
-      ),
-      strict=True,
-    )
-    one = optimizer.make(decays)
-    struct = jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))
-    state = matrix_steps.state_of(struct, self._scalars)
+    pairs = [
+      optimizer.rule(of, leaf.gradient.shape, self._scalars, by)
+      for of, by in (
+        (ahead, factor),
+        (ahead._replace(matrix_rule="momentum"), factor),
+        (update, scale),
+      )
+    ]
+    programs, numbers = zip(*pairs, strict=True)
+    state = matrix_steps.state_of(self._one, self._scalars)
     low, residual, statistics = optimizer.step_matrix(
-      programs, kind, axes, leaf, state, factor, numbers, taken, index, lands=lands
+      programs, kind, axes, leaf, state[0].ns_coeffs, numbers, taken, index, lands=lands
     )
     return Stored(low, residual, tuple(statistics))
 

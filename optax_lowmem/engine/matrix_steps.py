@@ -148,20 +148,28 @@ def rules(matrices: Matrices, decays, struct):
     struct: the state of one bare array, a chain's.
 
   Returns:
-    By name: ``"momentum"`` and ``"update"``.
+    By name: ``"ahead"``, whose update is the matrix to orthogonalize;
+    ``"momentum"``, which moves the momentum alone; and ``"update"``, which moves
+    the weight alone.
   """
 
-  def momentum(g, w, values, scalars, factor):
+  def moved(g, w, values, scalars, factor):
     g, (mu,) = g if factor is None else g * factor, values
-    new, _ = matrices.momentum(g, mu, state_of(struct, scalars)[0].count)
-    return None, [new.astype(w.dtype)]
+    new, ahead = matrices.momentum(g, mu, state_of(struct, scalars)[0].count)
+    return new.astype(w.dtype), ahead.astype(w.dtype)
+
+  def ahead(*args):
+    return moved(*args)[1], []
+
+  def momentum(*args):
+    return None, [moved(*args)[0]]
 
   def update(u, w, values, scalars, factor):
     del values
     tail, state = matrices.tail(decays), state_of(struct, scalars)[2:]
     return tail.update(u * factor, state, w)[0].astype(w.dtype), []
 
-  return {"momentum": momentum, "update": update}
+  return {"ahead": ahead, "momentum": momentum, "update": update}
 
 
 def state_of(struct, scalars):
@@ -171,19 +179,17 @@ def state_of(struct, scalars):
 
 
 def step_matrices(
-  matrices: Matrices, programs, kind, axes: Axes, leaf: Leaf, state, factor, numbers, taken, index,
-  lands=False,
+  matrices: Matrices, programs, kind, axes: Axes, leaf: Leaf, ns_coeffs, numbers, taken, index, lands=False
 ):  # fmt: skip
   """The step of a leaf: (weight, residual, [momentum]).
 
   Args:
     matrices: Muon.
-    programs: the hoisted rules, (momentum, update).
+    programs: the hoisted ``rules``, in their order.
     kind: the leaf's kind.
     axes: the axes of the leaf, with the stack's.
     leaf: the leaf; with an index, its gradient is that of one layer.
-    state: the optimizer's state of one bare array without its momentum.
-    factor: a scalar to multiply the gradient by, or None.
+    ns_coeffs: the coefficients of the Newton-Schulz iterations.
     numbers: the scalars of the programs.
     taken: a bool scalar, or None. If it is False, nothing changes.
     index: the layer of a stack, or None.
@@ -193,11 +199,11 @@ def step_matrices(
     The new parts of the leaf.
   """
   check([leaf], kind.weight, kind.formats, index)
-  (fmt,) = kind.formats
+  (fmt,), (ahead, momentum, update) = kind.formats, zip(programs, numbers, strict=True)
 
-  def step(rule, scalars, leaf, formats, index, lands=False):
+  def step(program, leaf, formats, index, lands=False):
     return step_leaves(
-      rule, scalars, [leaf], kind.weight, formats, taken, kind.implementation, index, lands
+      *program, [leaf], kind.weight, formats, taken, kind.implementation, index, lands
     )[0]
 
   def layer(leaf: Leaf, axes: Axes, index):
@@ -205,17 +211,19 @@ def step_matrices(
     if index is not None:
       at = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
       stored = jax.tree.map(at, stored)
-    g = leaf.gradient.astype(jnp.float32)
-    like = stored.codes if isinstance(stored, state_formats.Blocks) else stored
-    dequantize = lambda x: state_formats.dequantize(x, fmt)
-    mu = sharded.automatic(dequantize, like, stored)
-    _, x = matrices.momentum(g if factor is None else g * factor, mu, state[0].count)
+
+    def matrix(g, stored):
+      g, (rule, scalars) = g.astype(jnp.float32), ahead
+      x, _ = rule(scalars, g, g, [state_formats.dequantize(stored, fmt)])
+      return x.astype(matrices.dtype)
+
+    x = sharded.automatic(matrix, leaf.gradient, leaf.gradient, stored)
     # The programs overwrite what the products read.
-    x, leaf = jax.lax.optimization_barrier((x.astype(matrices.dtype), leaf))
-    *_, new = step(programs[0], numbers[0], leaf, kind.formats, index)
-    u = matrices.orthogonalize(x, state[0].ns_coeffs, axes)
+    x, leaf = jax.lax.optimization_barrier((x, leaf))
+    *_, new = step(momentum, leaf, kind.formats, index)
+    u = matrices.orthogonalize(x, ns_coeffs, axes)
     moved = leaf._replace(gradient=u, statistics=[])
-    low, delta, _ = step(programs[1], numbers[1], moved, (), index, lands)
+    low, delta, _ = step(update, moved, (), index, lands)
     return low, delta, new
 
   if index is not None:

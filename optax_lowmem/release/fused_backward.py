@@ -13,7 +13,6 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 import jax
 import optax
 
-from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.release.released_step import Chain, Options, Step
 
 # Alternatives to transformations that need the gradients of the whole model.
@@ -63,8 +62,8 @@ def fused_backward(
   Args:
     loss_fn: ``(layers, *batch) -> loss``, a real scalar, or ``(loss, aux)``.
     tx: :func:`optax_lowmem.adamw`, :func:`optax_lowmem.adam`,
-      :func:`optax_lowmem.lion` or :func:`optax_lowmem.sgd`, optionally inside a
-      loss scale; also ``delta_bits(inner, elementwise=True)`` and
+      :func:`optax_lowmem.lion`, :func:`optax_lowmem.sgd` or
+      :func:`optax_lowmem.muon`, optionally inside a loss scale; also ``delta_bits(inner, elementwise=True)`` and
       ``quantize_state(inner, elementwise=True)``. None takes the transformation
       of an :class:`optax_lowmem.TrainState`.
     has_aux: whether loss_fn returns ``(loss, aux)``.
@@ -162,7 +161,7 @@ def _chain_of(tx, options: Options) -> Chain:
     update, advance = update.inner.update, update.advance
   if not hasattr(update, "optimizer"):
     _refuse(update)
-  optimizer: Optimizer = update.optimizer
+  optimizer = update.optimizer
   if options.accumulate > 1 and isinstance(optimizer.fold, str):
     raise ValueError(f"accumulate= has no meaning for this optimizer: {optimizer.fold}.")
   return Chain(optimizer, advance)
@@ -185,7 +184,7 @@ def _refuse(update):
   )
   raise ValueError(
     f"fused_backward steps one leaf at a time and does not take {name}: {instead}. It takes"
-    " lowmem.adamw, adam, lion and sgd, alone or inside a loss scale."
+    " lowmem.adamw, adam, lion, sgd and muon, alone or inside a loss scale."
   )
 
 

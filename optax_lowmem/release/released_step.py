@@ -14,6 +14,7 @@ import optax
 
 from optax_lowmem.engine import leaf_steps
 from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Optimizer, Stored
+from optax_lowmem.engine.partitioned_steps import Partitioned, PartitionedSteps
 from optax_lowmem.release import layer_calls
 from optax_lowmem.states import DeltaBitsState, QuantizedState
 from optax_lowmem.transforms import loss_scaling
@@ -32,7 +33,7 @@ class Options(NamedTuple):
 class Chain(NamedTuple):
   """The parts of a transformation: one of our optimizers, optionally inside a loss scale."""
 
-  optimizer: Optimizer
+  optimizer: Optimizer | Partitioned
   advance: Any = None  # the loss scale's function; None without a loss scale
 
 
@@ -79,7 +80,9 @@ class _Measure:
 class _Apply:
   """A backward pass that steps each leaf."""
 
-  def __init__(self, steps: LeafSteps, stored: Mapping[str, Stored], how, micro_batch=None):
+  def __init__(
+    self, steps: LeafSteps | PartitionedSteps, stored: Mapping[str, Stored], how, micro_batch=None
+  ):
     self._steps, self._how, self._micro_batch = steps, how, micro_batch
     self.stored = dict(stored)
     self.stepped: set[str] = set()
@@ -118,6 +121,15 @@ class _Apply:
     self.step({name: jnp.zeros_like(self.stored[name].low) for name in left})
 
 
+def _steps_of(optimizer, state, params) -> LeafSteps | PartitionedSteps:
+  if isinstance(optimizer, Partitioned):
+    return PartitionedSteps(optimizer, state, params)
+  steps = LeafSteps.of(optimizer, state, params, params)
+  if steps is None:
+    raise ValueError(leaf_steps.why_composed(state))
+  return steps
+
+
 class Step:
   """One training step."""
 
@@ -129,16 +141,14 @@ class Step:
     self._params, self._opt_state = params, opt_state
     is_scaled = isinstance(opt_state, loss_scaling.LossScaleState)
     inner = opt_state.inner_state if is_scaled else opt_state
-    kinds = (DeltaBitsState, QuantizedState)
+    is_partition = isinstance(chain.optimizer, Partitioned)
+    kinds = (optax.PartitionState,) if is_partition else (DeltaBitsState, QuantizedState)
     if is_scaled != (chain.advance is not None) or not isinstance(inner, kinds):
       raise ValueError(
         f"opt_state is not this optimizer's, but a {type(opt_state).__name__}. With tx=, the step"
         " takes (params, opt_state, *batch); without it, a lowmem.TrainState."
       )
-    steps = LeafSteps.of(chain.optimizer, inner, params, params)
-    if steps is None:
-      raise ValueError(leaf_steps.why_composed(inner))
-    self._steps = steps
+    self._steps = _steps_of(chain.optimizer, inner, params)
     self._by_name = pytrees.named_leaves(params)
 
   def run(self, batch):

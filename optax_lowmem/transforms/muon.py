@@ -10,6 +10,7 @@ from optax.contrib import MuonDimensionNumbers, MuonState
 
 from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.matrix_steps import Axes, Matrices
+from optax_lowmem.engine.partitioned_steps import Partitioned
 from optax_lowmem.transforms.delta_bits import Weights, delta_bits
 from optax_lowmem.transforms.optimizers import adamw, average_fold
 from optax_lowmem.transforms.quantize_state import DEFAULT, first_format, quantize
@@ -184,11 +185,19 @@ def muon(
     implementation=implementation,
   )  # fmt: skip
 
-  def labels(tree):
+  def labels(tree) -> dict[str, str]:
     axes = axes_of(tree)
-    return pytrees.map_named(lambda name, x: "muon" if name in axes else "adam", tree)
+    return {name: "muon" if name in axes else "adam" for name in pytrees.named_leaves(tree)}
 
-  parts = optax.partition({"muon": of_matrices, "adam": of_others}, labels)
+  def label_tree(tree):
+    by_name = labels(tree)
+    return pytrees.map_named(lambda name, x: by_name[name], tree)
+
+  members = {"muon": of_matrices, "adam": of_others}
+  parts = optax.partition(members, label_tree)
+  # Gradient release reads it.
+  optimizers = {label: member.update.optimizer for label, member in members.items()}
+  parts.update.optimizer = Partitioned(optimizers, labels)
   return nnx_variables.transformation(parts.init, parts.update)
 
 
