@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, MuonState
@@ -217,12 +218,13 @@ def step_matrices(
       x, _ = rule(scalars, g, g, [state_formats.dequantize(stored, fmt)])
       return x.astype(matrices.dtype)
 
-    x = sharded.automatic(matrix, leaf.gradient, leaf.gradient, stored)
+    x = _row_major(sharded.automatic(matrix, leaf.gradient, leaf.gradient, stored))
     # The programs overwrite what the products read.
     x, leaf = jax.lax.optimization_barrier((x, leaf))
-    *_, new = step(momentum, leaf, kind.formats, index)
-    u = matrices.orthogonalize(x, ns_coeffs, axes)
-    moved = leaf._replace(gradient=u, statistics=[])
+    # In place, the weight goes through the first program, too.
+    low, delta, new = step(momentum, leaf, kind.formats, index)
+    u = _row_major(matrices.orthogonalize(x, ns_coeffs, axes))
+    moved = Leaf(u, low, delta, [], leaf.stream)
     low, delta, _ = step(update, moved, (), index, lands)
     return low, delta, new
 
@@ -236,3 +238,8 @@ def step_matrices(
     return layer(Leaf(g, *stored, leaf.stream), axes.of_layer(), i)
 
   return jax.lax.fori_loop(0, len(leaf.low), one, leaf[1:4])
+
+
+def _row_major(x):
+  """Keeps XLA from transposing whole stacks because the products read a transposed matrix."""
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
