@@ -1,5 +1,10 @@
 """Traps on the way in: each error says what was found, where, and what to write instead."""
 
+import functools
+import pathlib
+import re
+import warnings
+
 import chex
 from conftest import assert_trees_equal, normal_like, updated
 import equinox as eqx
@@ -153,19 +158,12 @@ def test_no_format_of_weights():
   ],
 )
 def test_wrappers_that_demand_the_gradients_dtype(name, wrap, call):
-  grads, state, params = started(wrap(optax.chain(optax.clip(1.0), TX)))
+  tx = wrap(optax.chain(optax.clip(1.0), TX))
+  grads, state, params = started(tx)
   message = rf"{name} demands.*bfloat16.*delta_bits\(optax.{name}.*update_dtype=\"gradient\""
   with pytest.raises(ValueError, match=message):
-    call(wrap(optax.chain(optax.clip(1.0), TX)), grads, state, params)
-  wide = jax.tree.map(jnp.float32, grads)
-  params_of = lambda tx, g: lowmem.master_params(*call(tx, g, *started(tx)[1:]))
-  expected = params_of(TX, wide)
-  for tx, g in (
-    (wrap(TX), wide),
-    (wrap(lowmem.adamw(1e-2, update_dtype="gradient")), grads),
-    (lowmem.delta_bits(wrap(lowmem.quantize_state(optax.adamw(1e-2)))), grads),
-  ):
-    chex.assert_trees_all_close(params_of(tx, g), expected, atol=1e-4)
+    call(tx, grads, state, params)
+  call(tx, jax.tree.map(jnp.float32, grads), state, params)  # float32 gradients are fine
 
 
 @pytest.mark.parametrize("call", [lowmem.step, updated])
@@ -186,13 +184,57 @@ def test_wrappers_that_change_updates(name, wrap, call):
   for tx in (wrap(TX), wrap(lowmem.adamw(1e-2, update_dtype="gradient"))):
     with pytest.raises(ValueError, match=rf"^{name} stands.*lowmem.delta_bits\("):
       call(tx, grads, tx.init(params), params)
-  whole = lowmem.delta_bits(wrap(optax.adamw(1e-2)), "bf16+16")
-  _, state, params = started(whole)
-  plain = wrap(optax.adamw(1e-2))
-  wide = jax.tree.map(jnp.float32, grads)
-  expected = updated(plain, wide, plain.init(params32()), params32())[0]
-  found = lowmem.master_params(*call(whole, grads, state, params))
-  chex.assert_trees_all_close(found, expected, atol=1e-6)
+
+
+def rows():
+  text = (pathlib.Path(__file__).parent.parent / "docs/wrappers.md").read_text()
+  return re.findall(r"^\| `(.*X.*)` \| (.*) \|$", text, re.MULTILINE)
+
+
+def after_four_steps(tx):
+  """The weights after two calls of `lowmem.step` and two of `tx.update`."""
+  params, state = lowmem.init(tx, params32())
+  for i, call in enumerate([lowmem.step, updated] * 2):
+    grads = normal_like(jax.tree.map(jnp.bfloat16, params32()), i)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    if hasattr(state, "adv_state") or hasattr(getattr(state, "inner_state", None), "adv_state"):
+      call = functools.partial(call, grad_fn=lambda params, _, grads=grads: grads)
+    params, state = call(tx, grads, state, params)
+  return lowmem.master_params(params, state)
+
+
+@pytest.mark.parametrize(("code", "verdict"), rows())
+def test_table_of_wrappers(code, verdict):
+  wrap = eval(f"lambda X: {code}", {"optax": optax, "contrib": contrib, "jnp": jnp})
+  ours = functools.partial(lowmem.adamw, 1e-2, weights="bf16+16", mu="fp32", nu="fp32")
+  outermost = lambda: after_four_steps(lowmem.delta_bits(wrap(optax.adamw(1e-2)), "bf16+16"))
+  if verdict == "does not work":
+    for run in (lambda: lowmem.init(wrap(ours()), params32()), outermost):
+      with pytest.raises((AttributeError, ValueError)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after_four_steps(wrap(ours()))
+        run()
+    return
+  expected = after_four_steps(wrap(optax.adamw(1e-2)))
+  found = {}
+  if verdict == "works":
+    found["works"] = after_four_steps(wrap(ours()))
+  else:
+    with pytest.raises(ValueError):
+      after_four_steps(wrap(ours()))
+  if verdict == 'needs `update_dtype="gradient"`':
+    found["needs"] = after_four_steps(wrap(ours(update_dtype="gradient")))
+  if verdict in ("wrap outermost", 'needs `update_dtype="gradient"`'):
+    found["outermost"] = outermost()
+  assert found  # the verdict is one of these
+  for params in found.values():
+    chex.assert_trees_all_close(params, expected, atol=5e-4)
+
+
+def test_table_of_wrappers_is_whole():
+  assert len(rows()) >= 15 and {verdict for _, verdict in rows()} == {
+    "works", 'needs `update_dtype="gradient"`', "wrap outermost", "does not work",
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize("inner", [lambda x: x, lambda x: lowmem.quantize_state(x, {"z": "fp32"})])

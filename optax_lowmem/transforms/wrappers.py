@@ -6,6 +6,7 @@ inside Optax, or nothing raises. So a member looks for the wrapper among its cal
 """
 
 import sys
+import types
 
 import jax.numpy as jnp
 
@@ -33,7 +34,7 @@ def check(gradients, update_dtype):
   """
   narrow = next((x for g in gradients if (x := jnp.result_type(g)) != jnp.float32), None)
   is_narrow = narrow is not None and update_dtype != "gradient"
-  frame = sys._getframe(1)
+  frame: types.FrameType | None = sys._getframe(1)
   while frame is not None:
     if frame.f_globals.get("__name__", "").startswith("optax."):
       name = frame.f_code.co_qualname
