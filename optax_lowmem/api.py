@@ -1,5 +1,7 @@
 """Functions on a transformation: init, step, and the float32 master weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -176,6 +178,9 @@ def _trained(grads, opt_state, params):
 def master_params(params, opt_state):
   """Merges weights and residuals into the float32 master weights.
 
+  Inside a loss, it computes with the masters instead of the weights. The gradient of
+  a master is the gradient of its weight, in the weight's dtype.
+
   Args:
     params: the parameters, in their formats.
     opt_state: their optimizer state.
@@ -190,16 +195,31 @@ def master_params(params, opt_state):
     TypeError: if a leaf does not have its format's dtype.
 
   Examples:
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax_lowmem as lowmem
     >>> tx = lowmem.adamw(1e-3, weights="bf16+16")
     >>> params, opt_state = lowmem.init(tx, {"w": jnp.full(32, 0.1)})
     >>> print(params["w"][0], lowmem.master_params(params, opt_state)["w"][0])
     0.100098 0.1
+    >>> loss_fn = lambda params: lowmem.master_params(params, opt_state)["w"].sum()
+    >>> print(f"{loss_fn(params):.3f}", jax.grad(loss_fn)(params)["w"].dtype)
+    3.200 bfloat16
   """
   refuse_state(params, "params", "lowmem.master_params(params, opt_state)")
-  masters = {name: merge(*parts) for name, parts in master_parts(params, opt_state).items()}
+  masters = {name: _merge(*parts) for name, parts in master_parts(params, opt_state).items()}
   return pytrees.map_named(masters.get, params)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _merge(low, residual, fmt):
+  return merge(low, residual, fmt)
+
+
+@_merge.defjvp
+def _merge_jvp(fmt, primals, tangents):
+  # Otherwise the gradient would be zero in silence, because bits have no derivative.
+  return _merge(*primals, fmt), tangents[0].astype(jnp.float32)
 
 
 def master_parts(params, opt_state) -> dict[str, tuple]:

@@ -9,6 +9,7 @@ import chex
 from conftest import assert_trees_equal, normal_like, updated
 import equinox as eqx
 from flax import nnx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,6 +305,34 @@ def test_setting_with_a_gradient():
   grads = jax.grad(lambda model: jnp.sum(model.weight) * model.rate)(model)
   with pytest.raises(TypeError, match=r"params.rate is 0.5, no array.*jnp.asarray\(0.5\)"):
     lowmem.step(TX, grads, state, model)
+
+
+# The dtype of the computation.
+
+
+@pytest.mark.parametrize("weights", ["bf16+0", "bf16+8", "fp16+8", "bf16+16"])
+def test_gradient_through_master_params(weights):
+  """It is that of the masters, rounded to the weights' dtype; it was zero."""
+  params, state = lowmem.init(lowmem.adamw(1e-2, weights=weights), {"w": jnp.full((4, 32), 0.3)})
+  loss = lambda masters: jnp.sum(masters["w"] ** 3)
+  grads = jax.jit(jax.grad(lambda p: loss(lowmem.master_params(p, state))))(params)
+  expected = jax.grad(loss)(lowmem.master_params(params, state))["w"].astype(params["w"].dtype)
+  chex.assert_trees_all_close(grads["w"].astype(float), expected.astype(float), rtol=2**-8)
+  assert grads["w"].dtype == params["w"].dtype and jnp.all(grads["w"] > 0.25)
+
+
+def test_logits_of_flax_modules_without_a_dtype():
+  tokens = jnp.arange(3)
+  linen = nn.Sequential([nn.Embed(10, 32), nn.Dense(32), nn.LayerNorm()])
+  params = linen.init(jax.random.key(0), tokens)["params"]
+  params, state = lowmem.init(TX, params)
+  apply = jax.jit(lambda params: linen.apply({"params": params}, tokens))
+  assert apply(params).dtype == jnp.bfloat16
+  assert apply(lowmem.master_params(params, state)).dtype == jnp.float32
+  model, x = nnx.Linear(32, 32, rngs=nnx.Rngs(0)), jnp.ones((1, 32), jnp.bfloat16)
+  optimizer = lowmem.nnx.Optimizer(model, TX)
+  assert model(x).dtype == jnp.bfloat16
+  assert nnx.merge(nnx.graphdef(model), optimizer.master_params(model))(x).dtype == jnp.float32
 
 
 # memory_table.
