@@ -129,9 +129,10 @@ def test_example(monkeypatch, capsys):
   images = data.Images(pictures, labels)
   monkeypatch.setattr(data, "fashion_mnist", lambda: (images, images))
   monkeypatch.setattr(equinox_mnist, "BATCH", 16)
-  monkeypatch.delitem(equinox_mnist.OPTIMIZERS, "optax.adamw, float32")
-  equinox_mnist.main(["--steps", "30"])
+  only = {"ours": lowmem.adamw(1e-3)}
+  monkeypatch.setattr(equinox_mnist, "OPTIMIZERS", only)
+  equinox_mnist.main(["--steps", "20"])
   _, *rows = capsys.readouterr().out.splitlines()
   accuracy, size = zip(*(map(float, row.split()[-2:]) for row in rows), strict=True)
   assert min(accuracy) > 0.9
-  assert size == (5.13, 4.13)
+  assert size == (5.18,)
