@@ -55,7 +55,12 @@ def loss_fn(model, images, labels) -> jax.Array:
 
 def train(tx, args, training: data.Images, test: data.Images) -> dict:
   """Trains the network; returns a row of the table."""
-  model, opt_state = lowmem.init(tx, make_model(jax.random.key(args.seed)))
+
+  @eqx.filter_jit
+  def init(key):
+    return lowmem.init(tx, make_model(key))
+
+  model, opt_state = init(jax.random.key(args.seed))
 
   @eqx.filter_jit(donate="all")
   def train_step(model, opt_state, images, labels):
