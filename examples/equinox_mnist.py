@@ -62,19 +62,18 @@ def train(tx, args, training: data.Images, test: data.Images) -> dict:
 
   model, opt_state = init(jax.random.key(args.seed))
 
-  @eqx.filter_jit(donate="all")
-  def train_step(model, opt_state, images, labels):
-    loss, grads = eqx.filter_value_and_grad(loss_fn)(model, images, labels)
+  @eqx.filter_jit(donate="all-except-first")
+  def train_step(batch, model, opt_state):
+    loss, grads = eqx.filter_value_and_grad(loss_fn)(model, *batch)
     model, opt_state = lowmem.step(tx, grads, opt_state, model)
     return model, opt_state, loss
 
   rng = np.random.default_rng(args.seed)
   losses = []
   for _ in range(args.steps):
-    batch = rng.integers(0, len(training.labels), BATCH)
-    model, opt_state, loss = train_step(
-      model, opt_state, training.images[batch], training.labels[batch].astype(np.int32)
-    )
+    chosen = rng.integers(0, len(training.labels), BATCH)
+    batch = training.images[chosen], training.labels[chosen].astype(np.int32)
+    model, opt_state, loss = train_step(batch, model, opt_state)
     losses.append(float(loss))
   correct = eqx.filter_jit(logits_of)(model, test.images[:2000]).argmax(1) == test.labels[:2000]
   table = lowmem.memory_table(model, opt_state)
