@@ -1,11 +1,19 @@
 """Functions on a transformation: init, step, and the float32 master weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_lowmem.engine import landing, sessions
-from optax_lowmem.states import DeltaBitsState, check_residuals, leaf_streams
+from optax_lowmem.states import (
+  DeltaBitsState,
+  check_residuals,
+  first_state,
+  leaf_streams,
+  refuse_state,
+)
 from optax_lowmem.transforms import loss_scaling
 from optax_lowmem.trees import pytrees
 from pallas_kernels.operations.merge import merge
@@ -21,12 +29,16 @@ def init(tx: optax.GradientTransformation, params):
   Args:
     tx: a transformation that contains :func:`optax_lowmem.delta_bits` or one of
       our optimizers, at any depth.
-    params: the float32 parameters; other leaves stay unchanged.
+    params: the float32 parameters; other leaves stay unchanged. In a module (of
+      Equinox, say), leaves that are no arrays are settings: functions, strings,
+      numbers. ``tx`` sees None in their places.
 
   Returns:
     ``(params, opt_state)``.
 
   Raises:
+    TypeError: if a leaf of a dictionary or a list is a Python float, or if a leaf
+      is float64 that JAX would round to float32. The message names the leaf.
     ValueError: if two members claim one leaf, or if a member behind one of
       optax_lowmem would change its updates. (The residual would then belong to
       an update other than the one that lands.) The message names the member.
@@ -60,11 +72,23 @@ def init_ours(tx, params):
 
 
 def _init_and_find(tx, params, *, for_step: bool):
+  _check_transformation(tx, "lowmem.init(tx, params)")
+  refuse_state(params, "params", "lowmem.init(tx, params)")
+  trained = pytrees.without_settings(params)
   with sessions.open_session(sessions.InitSession) as session:
-    opt_state = tx.init(params)
-  params = pytrees.map_named(session.weights.get, params)
-  landing.check(tx, params, opt_state, DeltaBitsState, for_step=for_step)
-  return params, opt_state, session.found_ours
+    opt_state = tx.init(trained)
+  trained = pytrees.map_named(session.weights.get, trained)
+  landing.check(tx, trained, opt_state, DeltaBitsState, for_step=for_step)
+  return pytrees.map_named(session.weights.get, params), opt_state, session.found_ours
+
+
+def _check_transformation(tx, call: str):
+  """Raises if the first argument is no transformation."""
+  if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    raise TypeError(
+      f"tx is a {type(tx).__name__}, not a transformation with init and update. The order is"
+      f" {call}."
+    )
 
 
 def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_args):
@@ -81,7 +105,8 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
     grads: the gradients, in the tree of params; of the scaled loss if tx has a
       loss scale.
     opt_state: the state of tx.
-    params: the parameters, in their formats.
+    params: the parameters, in their formats. A setting of a module (see
+      :func:`optax_lowmem.init`) has None as its gradient.
     **extra_args: extra arguments for ``tx.update``.
 
   Returns:
@@ -108,8 +133,13 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
     >>> print(opt_state.step, params["w"].dtype)
     1 bfloat16
   """
+  _check_transformation(tx, _STEP)
   if params is None:
-    raise ValueError("lowmem.step needs params; got None.")
+    raise ValueError(f"lowmem.step needs params: {_STEP}; got None.")
+  refuse_state(params, "params", _STEP)
+  refuse_state(grads, "grads", _STEP)
+  given = params
+  params = _trained(grads, opt_state, given)
   pytrees.check_gradients(grads, params)
   tx = optax.with_extra_args_support(tx)
   with sessions.refuse_members_behind(), sessions.open_session(sessions.StepSession) as session:
@@ -125,11 +155,31 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
       "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the step"
       " has already written the residuals. Put that transformation in front."
     )
-  return params, opt_state
+  return pytrees.map_named(pytrees.named_leaves(params).get, given), opt_state
+
+
+_STEP = "lowmem.step(tx, grads, opt_state, params)"
+
+
+def _trained(grads, opt_state, params):
+  """The parameters without the settings that have no gradient."""
+  with_gradient = pytrees.named_leaves(grads).keys()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = pytrees.name_of(path)
+    if pytrees.is_setting(path, leaf) and name in with_gradient and first_state(opt_state):
+      raise TypeError(
+        f"params{name} is {leaf!r}, no array, so lowmem.init took it for a setting; grads have a"
+        f" gradient for it. To train it, write jnp.asarray({leaf!r}) before lowmem.init. Otherwise"
+        " give it None as its gradient (eqx.filter_grad does)."
+      )
+  return pytrees.without_settings(params, but=with_gradient)
 
 
 def master_params(params, opt_state):
   """Merges weights and residuals into the float32 master weights.
+
+  Inside a loss, it computes with the masters instead of the weights. The gradient of
+  a master is the gradient of its weight, in the weight's dtype.
 
   Args:
     params: the parameters, in their formats.
@@ -145,15 +195,31 @@ def master_params(params, opt_state):
     TypeError: if a leaf does not have its format's dtype.
 
   Examples:
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax_lowmem as lowmem
     >>> tx = lowmem.adamw(1e-3, weights="bf16+16")
     >>> params, opt_state = lowmem.init(tx, {"w": jnp.full(32, 0.1)})
     >>> print(params["w"][0], lowmem.master_params(params, opt_state)["w"][0])
     0.100098 0.1
+    >>> loss_fn = lambda params: lowmem.master_params(params, opt_state)["w"].sum()
+    >>> print(f"{loss_fn(params):.3f}", jax.grad(loss_fn)(params)["w"].dtype)
+    3.200 bfloat16
   """
-  masters = {name: merge(*parts) for name, parts in master_parts(params, opt_state).items()}
+  refuse_state(params, "params", "lowmem.master_params(params, opt_state)")
+  masters = {name: _merge(*parts) for name, parts in master_parts(params, opt_state).items()}
   return pytrees.map_named(masters.get, params)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _merge(low, residual, fmt):
+  return merge(low, residual, fmt)
+
+
+@_merge.defjvp
+def _merge_jvp(fmt, primals, tangents):
+  # Otherwise the gradient would be zero in silence, because bits have no derivative.
+  return _merge(*primals, fmt), tangents[0].astype(jnp.float32)
 
 
 def master_parts(params, opt_state) -> dict[str, tuple]:
@@ -196,6 +262,7 @@ def load_master(params, opt_state):
     >>> print(params["w"].dtype, params["w"][0, 0])
     bfloat16 0.5
   """
+  refuse_state(params, "params", "lowmem.load_master(params, opt_state)")
   by_name = pytrees.named_leaves(params)
   weights = {}
 

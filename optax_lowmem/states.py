@@ -42,6 +42,20 @@ class DeltaBitsState(NamedTuple):
   residuals: Any
   inner_state: Any
 
+  @property
+  def b1(self):
+    """That of an ``optax.contrib.ScheduleFreeState`` inside.
+
+    ``optax.contrib.schedule_free_eval_params`` reads ``b1`` and ``z`` of the state that
+    it is given.
+    """
+    return _inside(self).b1
+
+  @property
+  def z(self):
+    """The sequence z of an ``optax.contrib.ScheduleFreeState`` inside, as ``b1``."""
+    return _inside(self).z
+
 
 class QuantizedState(NamedTuple):
   """The state of :func:`optax_lowmem.quantize_state`.
@@ -134,6 +148,62 @@ class EmaState(NamedTuple):
   correction: jax.Array
 
 
+def _inside(state):
+  """The state of Optax's own transformation inside ours."""
+  while isinstance(state, _STATES):
+    state = state.inner_state
+  return state
+
+
+_STATES = (DeltaBitsState, QuantizedState, LossScaleState)
+_UNPACK = "Unpack what lowmem.init returns: params, opt_state = lowmem.init(tx, params32)."
+
+
+def first_state(tree) -> tuple[str, str] | None:
+  """(name, type) of the first state of ours in a tree; None without one."""
+  is_ours = lambda x: isinstance(x, _STATES)
+  nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ours)
+  named = ((jax.tree_util.keystr(path), type(x).__name__) for path, x in nodes if is_ours(x))
+  return next(named, None)
+
+
+def refuse_state(tree, what: str, call: str):
+  """Raises if gradients or parameters hold an optimizer state: a pair, or swapped arguments."""
+  found = first_state(tree)
+  if found is None:
+    return
+  name, kind = found
+  way_out = _UNPACK if _is_pair(tree) else f"The order is {call}."
+  raise TypeError(f"{what}{name} is a {kind}, an optimizer state. {way_out}")
+
+
+def check_state(state, kind: type, member: str):
+  """Raises if a member of ours receives another state than its own."""
+  if isinstance(state, kind):
+    return
+  found = first_state(state)
+  holds = "" if found is None else f" with a {found[1]} at {found[0]}"
+  if _is_pair(state):
+    way_out = _UNPACK
+  elif found is None:
+    way_out = (
+      "The order is tx.update(grads, opt_state, params) and lowmem.step(tx, grads, opt_state,"
+      " params); opt_state comes from lowmem.init(tx, params32)."
+    )
+  else:
+    way_out = "Pass the state that lowmem.init made for this tx."
+  raise TypeError(
+    f"{member} takes a {kind.__name__} as its state, and got a {type(state).__name__}{holds}."
+    f" {way_out}"
+  )
+
+
+def _is_pair(x) -> bool:
+  """Whether x looks like ``(params, opt_state)``."""
+  is_plain = type(x) in (tuple, list) and len(x) == 2
+  return is_plain and first_state(x[0]) is None and first_state(x[1]) is not None
+
+
 def leaf_streams(
   words, step, names: Iterable[str], micro_batch: jax.typing.ArrayLike = 0
 ) -> dict[str, jax.Array]:
@@ -168,7 +238,10 @@ def check_residuals(residuals, weights_by_name, formats: Formats) -> dict[str, j
     checks.residual(leaf, by_name.get(name), fmt, f"params{name}")
   for name, _ in formats.table:
     if name not in weights_by_name:
-      raise ValueError(f"The state holds a residual for params{name}, but params lack that leaf.")
+      raise ValueError(
+        f"The state holds a residual for params{name}, but params lack that leaf. Pass the params"
+        " that belong to the state, as lowmem.init or the last step returned them."
+      )
   return by_name
 
 

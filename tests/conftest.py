@@ -103,9 +103,9 @@ def normal_like(tree, seed: int, scale: float = 1.0):
   return structure.unflatten(map(draw, keys, leaves))
 
 
-def updated(tx, grads, opt_state, params):
+def updated(tx, grads, opt_state, params, **extra_args):
   """What `lowmem.step` does, by Optax's protocol."""
-  updates, opt_state = tx.update(grads, opt_state, params)
+  updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
   return optax.apply_updates(params, updates), opt_state
 
 

@@ -104,7 +104,7 @@ SECTIONS = {
   ),
   "Two lines with Equinox": (
     lambda: training() | {"model": eqx.nn.MLP(WIDTH, WIDTH, WIDTH, 1, key=jax.random.key(0))},
-    "train_step(weights, opt_state, batch)",
+    "train_step(batch, model, opt_state)",
   ),
   "Gradient release": (release, "assert np.isfinite(loss)"),
 }  # fmt: skip

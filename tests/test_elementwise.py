@@ -1,6 +1,8 @@
 """Declared elementwise (contract, law 18): a user's optimizer takes the programs of lowmem.adamw."""
 
 import functools
+import pathlib
+import re
 
 from conftest import assert_trees_equal, normal_like
 import h100
@@ -10,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import instructions
 import optax_lowmem as lowmem
 
 PARAMS = {"w": (24, 96), "conv": (3, 3, 5, 40), "bias": (10,), "scalar": (), "norm": (7,)}
@@ -153,3 +156,20 @@ def test_update_dtype(make_tx, wrapper):
     assert np.any(np.asarray(params[name] != before[name]))
     # The master is clamped to the cell of the weight that the update reaches.
     np.testing.assert_allclose(master[name], np.float32(params[name]), rtol=2.0**-8)
+
+
+def test_documented_bytes():
+  """The table in docs/performance.md, from benchmarks/instructions.py."""
+  page = (
+    (pathlib.Path(__file__).parent.parent / "docs/performance.md")
+    .read_text()
+    .partition("| Optax's |")[2]
+  )
+  rows = dict(re.findall(r"^\| (.+?) \| ([0-9.]+) \| (?:[0-9]+|XLA's) \|", page, re.MULTILINE))
+  assert rows.keys() == instructions.ELEMENTWISE.keys()
+  params32 = {"w": jax.ShapeDtypeStruct((1 << 10, 1 << 10), jnp.float32)}
+  for name, arguments in instructions.ELEMENTWISE.items():
+    inner = eval(f"quantize({arguments})", {"quantize": lowmem.quantize_state, "optax": optax})
+    tx = lowmem.delta_bits(inner)
+    table = lowmem.memory_table(*jax.eval_shape(functools.partial(lowmem.init, tx), params32))
+    assert f"{table.bytes_per_param['total']:.2f}" == rows[name]

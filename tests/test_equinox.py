@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from examples import data, equinox_mnist
 import optax_lowmem as lowmem
 
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
@@ -117,3 +118,21 @@ def test_updates_added_without_a_cast():
     updates, state = half.update(run(weights), state, weights)
     weights = eqx.apply_updates(weights, updates)
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(weights))
+
+
+def test_example(monkeypatch, capsys):
+  """A bright band in one of ten places."""
+  labels = np.arange(256, dtype=np.uint8) % 10
+  pictures = np.zeros((256, 28, 28), np.uint8)
+  for picture, label in zip(pictures, labels, strict=True):
+    picture[2 * label : 2 * label + 6] = 255
+  images = data.Images(pictures, labels)
+  monkeypatch.setattr(data, "fashion_mnist", lambda: (images, images))
+  monkeypatch.setattr(equinox_mnist, "BATCH", 16)
+  only = {"ours": lowmem.adamw(1e-3)}
+  monkeypatch.setattr(equinox_mnist, "OPTIMIZERS", only)
+  equinox_mnist.main(["--steps", "20"])
+  _, *rows = capsys.readouterr().out.splitlines()
+  accuracy, size = zip(*(map(float, row.split()[-2:]) for row in rows), strict=True)
+  assert min(accuracy) > 0.9
+  assert size == (5.18,)

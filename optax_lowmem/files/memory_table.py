@@ -1,11 +1,13 @@
 """memory_table: the bytes of a training state, by part."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from optax_lowmem.states import DeltaBitsState
+from optax_lowmem.states import DeltaBitsState, refuse_state
 from optax_lowmem.trees import nnx_variables, pytrees
 from pallas_kernels.formats.state_formats import Blocks
 
@@ -17,7 +19,8 @@ class MemoryTable:
   Attributes:
     parts: bytes by part: ``"weights"``, ``"residuals"``, ``"moments"`` (optimizer
       state that follows the parameters' tree), ``"rest"`` (counters, keys, loss
-      scales), and ``"gradients"`` if they were given.
+      scales), ``"accumulated gradients"`` if there are some (``optax.MultiSteps``),
+      and ``"gradients"`` if they were given.
     num_params: the number of parameters.
 
   Examples:
@@ -63,13 +66,19 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   integers as half a byte (``nbytes`` reports a whole one).
 
   Args:
-    params: the parameters, as arrays or ``jax.ShapeDtypeStruct``s.
+    params: the parameters, as arrays or ``jax.ShapeDtypeStruct``s. The settings of
+      a module (see :func:`optax_lowmem.init`) do not count.
     opt_state: the optimizer state.
     grads: the gradients to count, too; None to leave them out.
 
   Returns:
     A :class:`optax_lowmem.MemoryTable`. Print it, or read ``parts`` and
     ``bytes_per_param``.
+
+  Raises:
+    TypeError: if the arguments are swapped, or if opt_state is a tree of names
+      (``nnx.state(optimizer.opt_state)``, a restored dictionary) in which residuals
+      and moments cannot be told apart.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -85,20 +94,27 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
     4,096 parameters
   """
   params, opt_state = nnx_variables.pure(params), nnx_variables.pure(opt_state)
+  refuse_state(params, "params", "lowmem.memory_table(params, opt_state)")
+  params = pytrees.without_settings(params)
   parts = {"weights": nbytes(params), "residuals": 0, "moments": 0, "rest": 0}
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   suffixes = {tuple(map(str, path)) for path in paths}
 
   def count(tree):
     flat = jax.tree_util.tree_leaves_with_path(
-      tree, is_leaf=lambda x: isinstance(x, (DeltaBitsState, Blocks)) and x is not tree
+      tree, is_leaf=lambda x: isinstance(x, _NODES) and x is not tree
     )
     for path, leaf in flat:
       if isinstance(leaf, DeltaBitsState):
         parts["residuals"] += nbytes(leaf.residuals)
         parts["rest"] += nbytes((leaf.formats, leaf.step, leaf.key))
-        count(leaf.inner_state)
+        count((leaf.inner_state,))
+      elif isinstance(leaf, optax.MultiStepsState):
+        accumulated = parts.get("accumulated gradients", 0) + nbytes(leaf.acc_grads)
+        parts["accumulated gradients"] = accumulated
+        count(leaf._replace(acc_grads=None))
       else:
+        _refuse_names(path)
         steps = tuple(map(str, path))
         follows = any(steps[i:] in suffixes for i in range(len(steps) + 1))
         # A scalar under a parameter's path is a moment if it is a float, else a counter.
@@ -111,6 +127,20 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   if grads is not None:
     parts["gradients"] = nbytes(grads)
   return MemoryTable(parts, sum(_size(x) for x in jax.tree.leaves(params)))
+
+
+_NODES = (DeltaBitsState, Blocks, optax.MultiStepsState)
+
+
+def _refuse_names(path):
+  """Raises if a leaf lies in a state of ours that has become a tree of names."""
+  for step, key in itertools.pairwise(map(str, path)):
+    if step == "['formats']" and key.startswith("['optax_lowmem "):
+      raise TypeError(
+        "opt_state is a tree of names, in which residuals and moments cannot be told apart. Pass"
+        " the state itself: optimizer.opt_state instead of nnx.state(optimizer.opt_state); a"
+        " checkpoint restored with a target."
+      )
 
 
 def _size(x) -> int:

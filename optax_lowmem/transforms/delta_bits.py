@@ -7,12 +7,20 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_lowmem.engine import in_place, landing, sessions
 from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.portable import portable_update
-from optax_lowmem.states import DeltaBitsState, check_residuals, leaf_streams, was_taken
+from optax_lowmem.states import (
+  DeltaBitsState,
+  check_residuals,
+  check_state,
+  leaf_streams,
+  was_taken,
+)
+from optax_lowmem.transforms import wrappers
 from optax_lowmem.trees import nnx_variables, pytrees
 from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
@@ -105,8 +113,10 @@ def delta_bits(
       inner = optax.GradientTransformationExtraArgs(inner.init, update)
   _refuse_half_hyperparameters(inner)
   _check_update_dtype(update_dtype)
-  if not callable(weights):
-    weights = jax.tree.map(DeltaFormat.parse, weights)
+  if weights is None:
+    raise ValueError('weights=None is no format. Write "fp32" to leave all weights alone.')
+  if isinstance(weights, type) or not callable(weights):  # jnp.bfloat16 can be called
+    weights = pytrees.map_named(lambda name, spec: _parse(spec, name), weights)
   starts_at_zero = getattr(inner.init, "starts_at_zero", False)
 
   def init_fn(params):
@@ -115,9 +125,14 @@ def delta_bits(
   def update_fn(updates, state, params=None, **extra_args):
     if params is None:
       raise ValueError("delta_bits needs params: tx.update(grads, state, params); got None.")
+    check_state(state, DeltaBitsState, "A member of optax_lowmem")
     if landing.is_checking():
       return landing.mark(updates, state, params, update_dtype)
     pytrees.check_gradients(updates, params)
+    formats = state.formats
+    wrappers.check(
+      [g for name, g in pytrees.named_leaves(updates).items() if formats.get(name)], update_dtype
+    )
     session = sessions.current(sessions.StepSession)
     new = None
     # Our own optimizers take no extra arguments; a declared one may read them.
@@ -263,7 +278,9 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
   table, left = [], []
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = pytrees.name_of(path)
-    fmt = DeltaFormat.parse(find(path, leaf))
+    if converting:
+      _check_number(name, leaf)
+    fmt = _parse(find(path, leaf), name)
     if pytrees.is_half(leaf) and leaf.dtype != fmt.dtype:
       raise TypeError(
         f"params{name} is {leaf.dtype}, but its format {fmt.name} is for {fmt.dtype}; pass the"
@@ -289,6 +306,30 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
   return Formats(tuple(table))
 
 
+def _check_number(name: str, leaf):
+  """Raises for a leaf that only looks like a float32 array."""
+  if isinstance(leaf, float) and not hasattr(leaf, "dtype"):
+    raise TypeError(
+      f"params{name} is the Python float {leaf!r}, not an array. Write jnp.float32({leaf!r}) to"
+      " train it, or keep it out of params."
+    )
+  dtype = getattr(leaf, "dtype", None)
+  if dtype == np.float64 and jnp.result_type(leaf) == jnp.float32:
+    raise TypeError(
+      f"params{name} is a NumPy array of float64, which JAX would round to float32 in silence."
+      " Write x.astype(np.float32), or enable jax_enable_x64 to keep float64."
+    )
+
+
+def _parse(spec, name: str) -> DeltaFormat:
+  """The format that ``weights=`` gives; an error names the leaf."""
+  try:
+    return DeltaFormat.parse(spec)
+  except (TypeError, ValueError) as error:
+    where = "" if name == "params" else f"weights= for {name}: "
+    raise type(error)(f"{where}{error}") from None
+
+
 def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   """A function that looks up a leaf's format in a pytree prefix of the parameters."""
   prefix = dict(jax.tree_util.tree_leaves_with_path(weights))
@@ -299,7 +340,10 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   def find(path, leaf):
     del leaf
     if (found := entry(path)) is None:
-      raise ValueError(f"weights= has no format for params{pytrees.name_of(path)}.")
+      raise ValueError(
+        f"weights= has no format for params{pytrees.name_of(path)}. Give it one, such as"
+        ' "bf16+8", or "fp32" to leave it alone.'
+      )
     return prefix[found]
 
   # An entry may be for a leaf, for an empty node (None, MaskedNode), or for anything below one.

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optax_lowmem.engine import landing, sessions
-from optax_lowmem.states import LossScaleState
+from optax_lowmem.states import LossScaleState, check_state
 from optax_lowmem.trees import nnx_variables, pytrees
 from pallas_kernels.operations.all_finite import all_finite, scaled
 
@@ -229,6 +229,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     )
 
   def update_fn(updates, state, params=None, **extra_args):
+    check_state(state, LossScaleState, "The loss scale")
     inverse = 1.0 / state.scale
     unscaled = jax.tree.map(lambda g: unscale(g, inverse), updates)
     finite = _all_finite(updates, inverse)

@@ -1,6 +1,6 @@
 """Pytrees: leaf names for errors, and our states within an opt_state."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -45,6 +45,25 @@ def owner(path, weights) -> int | None:
     none matches.
   """
   return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
+
+
+def is_setting(path, leaf) -> bool:
+  """True for a leaf that is not trained: no array and no number, or a number in a module.
+
+  Equinox modules have such leaves: activation functions, the rate of a dropout. A
+  number in a dictionary or a list is a parameter.
+  """
+  if hasattr(leaf, "dtype"):
+    return False
+  path = plain_path(path)
+  is_attribute = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
+  return is_attribute or not isinstance(leaf, (bool, int, float, complex))
+
+
+def without_settings(params, but: Collection[str] = ()):
+  """The tree with None in the place of each setting; names in ``but`` stay."""
+  drop = lambda path, x: None if is_setting(path, x) and name_of(path) not in but else x
+  return jax.tree_util.tree_map_with_path(drop, params)
 
 
 def is_half(x) -> bool:
@@ -92,14 +111,14 @@ def find_states(tree, kind: type) -> Iterator[Any]:
       yield from find_states(getattr(node, "inner_state", None), kind)
 
 
-def check_same_structure(tree, params, what: str):
+def check_same_structure(tree, params, what: str, hint: str = ""):
   """Raises a ValueError that names the first leaf that only one of two trees has."""
   if jax.tree.structure(tree) == jax.tree.structure(params):  # type: ignore[operator]
     return
   found, wanted = named_leaves(tree), named_leaves(params)
   for name in wanted:
     if name not in found:
-      raise ValueError(f"{what} have no leaf {name}, but params do.")
+      raise ValueError(f"{what} have no leaf {name}, but params do.{hint}")
   for name in found:
     if name not in wanted:
       raise ValueError(f"{what} have a leaf {name}, but params do not.")
@@ -109,9 +128,15 @@ def check_same_structure(tree, params, what: str):
   )
 
 
+_FROZEN = (
+  " If it is frozen, put None in its place in params before lowmem.init, and merge it in the loss;"
+  " or pass a gradient of zeros. Otherwise differentiate with respect to all of params."
+)
+
+
 def check_gradients(grads, params, what: str = "grads"):
   """Raises if gradients do not match params; the message names the leaf."""
-  check_same_structure(grads, params, what)
+  check_same_structure(grads, params, what, _FROZEN)
   wanted = named_leaves(params)
   for name, g in named_leaves(grads).items():
     p = wanted[name]

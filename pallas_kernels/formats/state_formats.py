@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats import arithmetic
+from pallas_kernels.formats.weights import short_name
 
 _U32, _I32 = jnp.uint32, jnp.int32
 
@@ -41,6 +42,12 @@ MIN_SCALE = 2.0**-103
 # The square of a smaller root does not survive a step. The smallest code of "int8" stands for more.
 MIN_ROOT = 2.0**-62
 MIN_ROOT_SCALE = 2.0**-54
+
+
+def _hint(name) -> str:
+  """What to write instead of a dtype."""
+  short = "int8" if name in (jnp.int8, jnp.dtype(jnp.int8)) else short_name(name)
+  return "" if short is None else f' Write "{short}".'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +76,10 @@ class StateFormat:
   is_square: bool = False
 
   def __post_init__(self):
-    if self.name not in NAMES:
-      raise ValueError(f"A state format must be one of {NAMES}; got {self.name!r}.")
+    if not isinstance(self.name, str) or self.name not in NAMES:
+      raise ValueError(
+        f"A state format must be one of {NAMES}; got {self.name!r}.{_hint(self.name)}"
+      )
 
   @property
   def has_scale(self) -> bool:

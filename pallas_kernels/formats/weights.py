@@ -43,6 +43,23 @@ SHORT_NAMES = {
   "fp16": jnp.dtype(jnp.float16),
   "fp32": jnp.dtype(jnp.float32),
 }
+
+
+def short_name(dtype) -> str | None:
+  """The short name of a dtype, or of a dtype's name: "bf16" for jnp.bfloat16; None without one."""
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:
+    return None
+  return next((name for name, known in SHORT_NAMES.items() if known == found), None)
+
+
+def _hint(spec) -> str:
+  """What to write instead of a dtype."""
+  short = spec if spec in ("bf16", "fp16") else short_name(spec)
+  return "" if short is None else f' Write "{short}{"" if short == "fp32" else "+8"}".'
+
+
 _ACCEPTED = '"bf16+K" or "fp16+K" with K = 0..16, or "fp32"'
 
 
@@ -123,10 +140,12 @@ class DeltaFormat:
     if isinstance(spec, cls):
       return spec
     if not isinstance(spec, str):
-      raise TypeError(f"A weight format must be {_ACCEPTED}, or a DeltaFormat; got {spec!r}.")
+      raise TypeError(
+        f"A weight format must be {_ACCEPTED}, or a DeltaFormat; got {spec!r}.{_hint(spec)}"
+      )
     match = re.fullmatch(r"(bf16|fp16)\+(\d{1,2})|fp32", spec)
     if match is None or int(match[2] or 0) > MAX_EXTRA_BITS:
-      raise ValueError(f"Unknown weight format {spec!r}; accepted: {_ACCEPTED}.")
+      raise ValueError(f"Unknown weight format {spec!r}; accepted: {_ACCEPTED}.{_hint(spec)}")
     return cls(SHORT_NAMES[match[1] or "fp32"], int(match[2] or 0))
 
   @property
