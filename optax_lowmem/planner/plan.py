@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -36,8 +37,11 @@ class Plan:
       ``"statistics"``, ``"other arguments"`` (batch, counters, loss scales) and
       ``"temporaries"`` (gradients, activations, results that replace no argument).
     num_params: the number of parameters; 0 if no argument was recognised.
-    copied_bytes: bytes of donated arguments that the program copies.
+    copied: bytes by name of the arguments that were donated, but whose memory no
+      result takes.
     memory: bytes of the device; None if they are not known.
+    host_bytes: bytes of the program in the host's memory (``"pinned_host"``), beside
+      the peak.
 
   Examples:
     >>> import optax_lowmem as lowmem
@@ -50,8 +54,9 @@ class Plan:
   peak_bytes: int
   parts: dict[str, int]
   num_params: int
-  copied_bytes: int = 0
+  copied: dict[str, int] = dataclasses.field(default_factory=dict)
   memory: int | None = None
+  host_bytes: int = 0
 
   @property
   def usable_bytes(self) -> int | None:
@@ -73,19 +78,23 @@ class Plan:
     return "FITS" if self.fits() else "TIGHT" if self.peak_bytes <= self.memory else "NO"
 
   def __str__(self) -> str:
-    count = self.num_params
+    count, most = self.num_params, max(self.peak_bytes, self.usable_bytes or 0, 1)
     rows = [(_LABELS[part], size) for part, size in self.parts.items()]
     rows.append(("peak", self.peak_bytes))
     if self.usable_bytes is not None:
       rows.append(("usable", self.usable_bytes))
+    if self.host_bytes:
+      rows.append(("on the host", self.host_bytes))
     lines = [f"{self.device}{': ' + self.verdict if self.verdict else ''}"]
     for label, size in rows:
-      per = f"{size / count:10.2f} bytes/param" if count and label != "usable" else ""
-      lines.append(f"  {label:<36}{size / _GIB:9.3f} GiB{per}")
-    if self.copied_bytes:
+      per = f"{size / count:6.2f} bytes/param" if count and label != "usable" else ""
+      bar = "" if label == "on the host" else "█" * round(24 * size / most)
+      lines.append(f"  {label:<36}{size / _GIB:8.2f} GiB{per:<18}  {bar}".rstrip())
+    if self.copied:
+      first = ", ".join(list(self.copied)[:3]) + (", ..." if len(self.copied) > 3 else "")
       lines.append(
-        f"  {self.copied_bytes / _GIB:.3f} GiB of donated arguments are copied: return results in"
-        " the order of the arguments that they replace."
+        f"  {sum(self.copied.values()) / _GIB:.3f} GiB of donated arguments are copied: {first}."
+        " Return a result of each one's shape and dtype, in the order of the arguments."
       )
     return "\n".join(lines)
 
@@ -137,62 +146,102 @@ def plan(
   if is_jitted and donate_argnums not in ((), None):
     raise ValueError("step is jitted and has its own donate_argnums; leave them out here.")
   args = nnx_variables.pure(args)
-  name, memory, placed = _placed(args, device)
+  name, memory, platform, placed = _placed(args, device)
   jitted: Any = step if is_jitted else jax.jit(step, donate_argnums=donate_argnums)
-  lowered = jitted.trace(*placed).lower()
-  stats = lowered.compile().memory_analysis()
-  parts, count = _parts(args)
-  known = sum(parts.values())
-  parts["other arguments"] = max(stats.argument_size_in_bytes - known, 0)
-  parts["temporaries"] = max(stats.peak_memory_in_bytes - stats.argument_size_in_bytes, 0)
-  donated = [x for x in jax.tree.leaves(lowered.args_info) if x.donated]
-  given = nbytes([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in donated])
-  copied = max(given - stats.alias_size_in_bytes, 0)
-  return Plan(
-    name,
-    stats.peak_memory_in_bytes,
-    parts,
-    count,
-    copied if copied > given // 100 else 0,  # what is not padded differently
-    memory,
+  traced = jitted.trace(*placed)
+  lowered = traced.lower()
+  compiled = lowered.compile()
+  stats = compiled.memory_analysis()
+  parts, count = _parts(placed)
+  peak, given = _peak(stats, platform), stats.argument_size_in_bytes
+  parts["other arguments"] = max(given - sum(parts.values()), 0)
+  parts["temporaries"] = max(peak - given, 0)
+  host = stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes
+  host += stats.host_temp_size_in_bytes - stats.host_alias_size_in_bytes
+  copied = _copied(traced, lowered, compiled)
+  return Plan(name, peak, parts, count, copied, memory, host)
+
+
+def _peak(stats, platform: str) -> int:
+  if platform != "cpu":
+    return stats.peak_memory_in_bytes
+  # XLA:CPU leaves the temporaries out of its peak. It allocates them as one buffer.
+  results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+  return stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+
+
+def _copied(traced, lowered, compiled) -> dict[str, int]:
+  """The bytes of donated arguments of the program that no result replaces, by name."""
+  infos = zip(
+    traced.jaxpr.jaxpr.debug_info.arg_names, jax.tree.leaves(lowered.args_info), strict=True
   )
+  donated = {name: info for name, info in infos if info.donated}
+  if not donated:
+    return {}
+  text = compiled.as_text()
+  header, entry = text.partition("\n")[0], text[text.index("\nENTRY ") :]
+  aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)
+  replaced = set(re.findall(r": \((\d+), \{", aliases[1])) if aliases else set()
+  names = re.findall(r'parameter\((\d+)\).*?op_name="((?:[^"\\]|\\.)*)"', entry)
+  lost = [name.replace("\\'", "'") for number, name in names if number not in replaced]
+  return {
+    name: nbytes(jax.ShapeDtypeStruct(donated[name].shape, donated[name].dtype))
+    for name in lost
+    if name in donated
+  }
 
 
-def _placed(args, device) -> tuple[str, int | None, Any]:
-  """(the device's name, its memory, the arguments as structs on it)."""
+def _placed(args, device) -> tuple[str, int | None, str, Any]:
+  """(the device's name, its memory, its platform, the arguments as structs on it)."""
   if isinstance(device, str):
     target = targets.named(device)
-    return target.name, target.memory, _on(args, SingleDeviceSharding(targets.device(device)))
+    found = targets.device(device)
+    return target.name, target.memory, found.platform, _on(args, SingleDeviceSharding(found))
   if device is None or isinstance(device, jax.Device):
     found = jax.devices()[0] if device is None else device
-    return found.device_kind, None, _on(args, SingleDeviceSharding(found))
+    return found.device_kind, None, found.platform, _on(args, SingleDeviceSharding(found))
   devices = list(device)
   everywhere = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-  return f"{len(devices)} x {devices[0].device_kind}", None, _on(args, everywhere, keeps=True)
+  name = f"{len(devices)} x {devices[0].device_kind}"
+  return name, None, devices[0].platform, _on(args, everywhere, keeps=True)
 
 
 def _on(args, sharding, keeps: bool = False):
   def place(x):
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
       return x
-    given = getattr(x, "sharding", None) if keeps else None
-    given = given if isinstance(given, NamedSharding) else sharding
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=given)
+    given = getattr(x, "sharding", None)
+    placed = given if keeps and isinstance(given, NamedSharding) else sharding
+    if _is_on_host(x):
+      placed = placed.with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
   return jax.tree.map(place, args)
 
 
+def _is_on_host(x) -> bool:
+  return getattr(getattr(x, "sharding", None), "memory_kind", None) == "pinned_host"
+
+
 def _parts(args) -> tuple[dict[str, int], int]:
-  """Weights, residuals and statistics among the arguments, and the number of parameters."""
+  """Bytes on each device of weights, residuals and statistics; the number of parameters."""
   pairs = [
     (x.params, x.opt_state) for x in args if hasattr(x, "params") and hasattr(x, "opt_state")
   ]
   pairs += [(p, s) for p in args for s in args if p is not s and _belongs(p, s)]
   if not pairs:
     return {"weights": 0, "residuals": 0, "statistics": 0}, 0
-  table = memory_table(*pairs[0])
+
+  def on_one_device(x):
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+      return x
+    return None if _is_on_host(x) else jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
+
+  table = memory_table(*jax.tree.map(on_one_device, pairs[0]))
   names = {"weights": "weights", "residuals": "residuals", "statistics": "moments"}
-  return {new: table.parts[old] for new, old in names.items()}, table.num_params
+  count = sum(x.size for x in jax.tree.leaves(pairs[0][0]) if hasattr(x, "size"))
+  return {new: table.parts[old] for new, old in names.items()}, count
 
 
 def _belongs(params, opt_state) -> bool:
