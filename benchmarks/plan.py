@@ -11,7 +11,7 @@ Prints a table and writes `benchmarks/results/plan_cpu.json`.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import ctypes
 import functools
 import gc
@@ -53,7 +53,7 @@ class Workload(NamedTuple):
   make: Callable[[Any], training.Task]
   batch: tuple[jax.ShapeDtypeStruct, ...]
   checkpointing: bool = False
-  sizes: dict[str, int] = {}
+  sizes: Mapping[str, int] = types.MappingProxyType({})
 
 
 def _task(init, loss) -> training.Task:

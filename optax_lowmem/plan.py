@@ -15,6 +15,7 @@ Exit status: 0 if it fits (or no device is named), 1 if it does not, 2 for unusa
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import sys
@@ -82,17 +83,8 @@ def _compiled(args) -> Plan:
 
 
 def _as_dict(found: Plan) -> dict:
-  names = (
-    "device",
-    "peak_bytes",
-    "parts",
-    "num_params",
-    "copied",
-    "memory",
-    "host_bytes",
-    "usable_bytes",
-  )
-  return {name: getattr(found, name) for name in names} | {"verdict": found.verdict}
+  more = {"usable_bytes": found.usable_bytes, "verdict": found.verdict}
+  return dataclasses.asdict(found) | more
 
 
 @contextlib.contextmanager

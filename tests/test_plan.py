@@ -3,6 +3,8 @@
 import functools
 import importlib
 import json
+import pathlib
+import re
 import sys
 
 from flax import nnx
@@ -14,10 +16,12 @@ import numpy as np
 import optax
 import pytest
 
+from examples import compare
 import optax_lowmem as lowmem
-from optax_lowmem.planner import targets
+from optax_lowmem.planner import choices, targets
 from optax_lowmem.planner.estimate import estimate
 
+ROOT = pathlib.Path(__file__).parent.parent
 SHAPE = (1024, 1024)
 X = jax.ShapeDtypeStruct((8, SHAPE[0]), jnp.bfloat16)
 
@@ -229,6 +233,38 @@ def test_command(arguments, status, capsys):
   assert found["peak_bytes"] == sum(found["parts"].values())
 
 
+def sessions() -> list[tuple[str, list[str], str]]:
+  """(page, arguments, output) of the commands that README.md and the docs show."""
+  found = []
+  for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for block in re.findall(r"^```console\n(\$ .*?)^```$", page.read_text(), re.M | re.S):
+      command, _, output = re.sub(r"\\\n *", "", block).partition("\n")
+      program = "$ python -m optax_lowmem.plan "
+      if command.startswith(program) and "--step" not in command:
+        found.append((page.name, command.removeprefix(program).split(), output))
+  return found
+
+
+@pytest.mark.parametrize("page, arguments, output", sessions(), ids=lambda x: str(x)[:20])
+def test_shown_output(page, arguments, output, capsys):
+  importlib.import_module("optax_lowmem.plan").main(arguments)
+  assert capsys.readouterr().out == output
+
+
+def test_the_readme_shows_a_plan():
+  assert "README.md" in [page for page, _, _ in sessions()]
+
+
+def test_png(tmp_path, capsys, monkeypatch):
+  main = importlib.import_module("optax_lowmem.plan").main
+  assert main([*LLAMA, "--device", "h100", "--png", str(tmp_path / "plan.png")]) == 0
+  assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  with pytest.raises(SystemExit) as error:
+    main([*LLAMA, "--png", "plan.png"])
+  assert error.value.code == 2 and "optax_lowmem[plan]" in capsys.readouterr().err
+
+
 def test_formula():
   """Exact for what stays in memory; near what is compiled for the rest (41.8 GiB on an H100)."""
   found = estimate(
@@ -238,6 +274,102 @@ def test_formula():
   assert abs(found.peak_bytes / 2**30 - 41.8) < 1
   sgd = estimate(1000, weights="fp16+13", statistics="bf16", optimizer="sgd")
   assert sgd.parts["residuals"] == 1625 and sgd.parts["statistics"] == 2000
+
+
+def make_kept(weights, statistics):
+  tx = lowmem.adamw(1e-3, weights=weights, mu=statistics, nu=statistics)
+  return tx, train_step(tx)
+
+
+def make_released(weights, statistics):
+  tx, _ = make_kept(weights, statistics)
+  loss = lambda layers, x: layers["w"](lambda w, x: loss_fn({"w": w}, x), x)
+  return tx, lowmem.fused_backward(loss, tx)
+
+
+def test_formats():
+  params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+  formats = ("fp32/fp32", "bf16+8/int8", "bf16+1/fp32")
+  table = lowmem.plan_formats(make_kept, params, X, make_released=make_released, formats=formats)
+  assert set(table.plans) == {*formats, *(f"{name}, released" for name in formats)}
+  peaks = [plan.peak_bytes for plan in table.plans.values()]
+  assert peaks == sorted(peaks)
+  tx = lowmem.adamw(1e-3)
+  alone = lowmem.plan(train_step(tx), *structs(tx), X, donate_argnums=(0, 1))
+  assert table.plans["bf16+8/int8"] == alone
+  lines = {line.split("  ")[0]: line for line in str(table).splitlines()}
+  assert "the base" in lines["fp32/fp32"] and "0.00 GiB" in lines["fp32/fp32"]
+  assert 'weights="bf16+8", mu="int8", nu="int8"' in lines["bf16+8/int8"]
+  assert "9 examples: lstm +0.4%" in lines["bf16+8/int8"]
+  assert "not in the sweep" in lines["bf16+1/fp32"]
+  assert "fused_backward" in lines["bf16+8/int8, released"]
+
+
+def test_formats_of_a_device():
+  memory = 2**30
+  plan = functools.partial(lowmem.Plan, "a card", parts={}, num_params=0, memory=memory)
+  text = str(lowmem.PlanTable({"bf16+8/int8": plan(2**29), "fp32/fp32": plan(2**31)}, "fp32/fp32"))
+  assert text.startswith("a card") and "FITS" in text and "NO" in text and "1.50 GiB" in text
+
+
+def test_evidence():
+  """What the table says of a format is what the sweep found."""
+  results = {path.stem: compare.load(path) for path in (ROOT / "docs/results").glob("*.jsonl")}
+  for fmt, (count, worst, relative) in choices.EVIDENCE.items():
+    found = {
+      name: compare.compare(runs, fmt).relative for name, runs in results.items() if fmt in runs
+    }
+    assert len(found) == count and max(found, key=lambda name: found[name]) == worst
+    assert round(found[worst], 4) == relative
+
+
+@pytest.mark.parametrize(
+  "make, formats, error, message",
+  [
+    (make_kept, ("bf16+8",), ValueError, "WEIGHTS/STATISTICS.*'bf16\\+8'"),
+    (make_kept, ("bf17/int8",), ValueError, "bf17"),
+    (make_kept, ("bf16/int9",), ValueError, "bf16"),
+    (make_kept, ("bf16+8/int9",), ValueError, "int9"),
+    (
+      lambda *names: make_kept(*names)[1],
+      ("bf16+8/int8",),
+      TypeError,
+      r"\(tx, step\); got function",
+    ),
+  ],
+)
+def test_formats_that_are_none(make, formats, error, message):
+  with pytest.raises(error, match=message):
+    lowmem.plan_formats(make, {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}, X, formats=formats)
+
+
+def test_largest_batch():
+  tx = lowmem.adamw(1e-3)
+  step = train_step(tx)
+  run = functools.partial(
+    lowmem.largest_batch, step, *structs(tx), X, batch_argnums=2, donate_argnums=(0, 1)
+  )
+  limit = 48 * 2**20
+  size, plan = run(nbytes=limit)
+  resized = jax.ShapeDtypeStruct((size, SHAPE[0]), X.dtype)
+  assert plan == lowmem.plan(step, *structs(tx), resized, donate_argnums=(0, 1))
+  assert plan.fits(limit) and size > 1000
+  larger = jax.ShapeDtypeStruct((size + size // 8, SHAPE[0]), X.dtype)
+  assert not lowmem.plan(step, *structs(tx), larger, donate_argnums=(0, 1)).fits(limit)
+  smaller = run(nbytes=lowmem.plan(step, *structs(tx), X, donate_argnums=(0, 1)).peak_bytes - 4096)
+  assert 0 < smaller[0] < 8
+  assert run(nbytes=1000)[0] == 0
+  with pytest.raises(ValueError, match="not known"):
+    run()
+
+
+def test_largest_batch_of_no_batch():
+  with pytest.raises(ValueError, match=r"\(0, 1\).*share their first axis"):
+    lowmem.largest_batch(
+      lambda x, y: x, X, jax.ShapeDtypeStruct((), jnp.int32), batch_argnums=(0, 1), nbytes=1
+    )
+  with pytest.raises(ValueError, match="does not grow"):
+    lowmem.largest_batch(lambda x, y: y * 2, X, X, batch_argnums=0, nbytes=2**30)
 
 
 def make_step():
