@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem.engine import landing, sessions
+from optax_lowmem.engine import host_memory, landing, sessions
 from optax_lowmem.states import DeltaBitsState, check_residuals, leaf_streams
 from optax_lowmem.transforms import loss_scaling
 from optax_lowmem.trees import pytrees
@@ -74,7 +74,8 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
   params and opt_state. A transformation that ends in one of ours (a chain, masked
   or partition) takes this path. A transformation with nothing of ours, or with
   ours inside a wrapper that has a ``jax.lax.cond``, runs ``tx.update`` and
-  ``optax.apply_updates``.
+  ``optax.apply_updates``. What of opt_state lies in the host's memory
+  (``"pinned_host"``) comes to the device for the step, and goes back.
 
   Args:
     tx: any Optax transformation.
@@ -112,6 +113,7 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
     raise ValueError("lowmem.step needs params; got None.")
   pytrees.check_gradients(grads, params)
   tx = optax.with_extra_args_support(tx)
+  opt_state, put_back = host_memory.on_device(opt_state)
   with sessions.refuse_members_behind(), sessions.open_session(sessions.StepSession) as session:
     session.given = {id(g): g for g in jax.tree.leaves(grads)}
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
@@ -125,7 +127,7 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
       "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the step"
       " has already written the residuals. Put that transformation in front."
     )
-  return params, opt_state
+  return params, put_back(opt_state)
 
 
 def master_params(params, opt_state):

@@ -53,7 +53,7 @@ def test_parts():
   assert plan.parts["statistics"] == 2.125 * N
   assert X.size * 2 <= plan.parts["other arguments"] < X.size * 2 + 4096
   assert sum(plan.parts.values()) == plan.peak_bytes
-  assert plan.copied == {} and plan.host_bytes == 0 and plan.memory is None and not plan.verdict
+  assert plan.copied == {} and plan.memory is None and not plan.verdict
   assert plan.fits(plan.peak_bytes) and not plan.fits(plan.peak_bytes - 1)
   with pytest.raises(ValueError, match="not known"):
     plan.fits()
@@ -77,6 +77,23 @@ def test_temporaries_of_a_cpu():
 
   plan = lowmem.plan(step, jax.ShapeDtypeStruct((1024, 8), jnp.float32))
   assert plan.parts["temporaries"] >= 4 * 1024**2
+
+
+def test_workspaces_of_a_cpu():
+  """Transposed convolutions: 48 MiB that XLA does not count. Measured in all: 60.8 MiB."""
+  x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((192, 8, 8, 128), (4, 4, 128, 64)))
+
+  def step(x, kernel, lhs_dilation):
+    axes = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), [(2, 2)] * 2, lhs_dilation=lhs_dilation, dimension_numbers=axes
+    )
+
+  temporaries = lambda n: lowmem.plan(
+    functools.partial(step, lhs_dilation=(n, n)), x, kernel
+  ).parts["temporaries"]
+  assert temporaries(1) < 30 * 2**20
+  assert temporaries(2) == (48 + 12) * 2**20  # the products and the result
 
 
 def test_plain_optax():

@@ -38,7 +38,7 @@ class PlanTable:
     >>> sizes = {"bf16+8/int8": 2**32, "fp32/fp32": 2**33}
     >>> plans = {name: lowmem.Plan("cpu", n, {"weights": n}, 2**30) for name, n in sizes.items()}
     >>> table = lowmem.PlanTable(plans, "fp32/fp32")
-    >>> print(str(table).splitlines()[1][:55])
+    >>> print(str(table).splitlines()[1][:56])
     bf16+8/int8  4.00 GiB  4.00 GiB    9 examples: lstm +0.4%
   """
 
@@ -47,19 +47,14 @@ class PlanTable:
 
   def __str__(self) -> str:
     first = next(iter(self.plans.values()))
-    rows = [(first.device, "peak", "saves", "", "evidence", "change")]
+    rows = [[first.device, "peak", "saves", "", "evidence", "change"]]
     for name, found in self.plans.items():
       saved = self.plans[self.base].peak_bytes - found.peak_bytes
       gib = [f"{x / _GIB:.2f} GiB" for x in (found.peak_bytes, saved)]
-      rows.append((name, *gib, found.verdict, self._evidence(name), _change(name)))
+      rows.append([name, *gib, found.verdict, self._evidence(name), _change(name)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, peak, saved, verdict, evidence, change in rows:
-      lines.append(
-        f"{name:<{widths[0]}}  {peak:>{widths[1]}}  {saved:>{widths[2]}}  {verdict:<{widths[3]}}"
-        f"  {evidence:<{widths[4]}}  {change}"
-      )
-    return "\n".join(lines)
+    aligned = [f"{{:{side}{width}}}" for side, width in zip("<>><<<", widths, strict=True)]
+    return "\n".join("  ".join(aligned).format(*row).rstrip() for row in rows)
 
   def _evidence(self, name: str) -> str:
     if name == self.base:
