@@ -90,23 +90,28 @@ def _as_dict(found: Plan) -> dict:
 @contextlib.contextmanager
 def _progress(what: str):
   """Says on stderr what takes long and, on a terminal, for how long already."""
-  start, done = time.monotonic(), threading.Event()
+  start, done, is_live = time.monotonic(), threading.Event(), sys.stderr.isatty()
+
+  def say(end: str):
+    seconds = f"{time.monotonic() - start:.0f} s"
+    print(f"\r{what} ... {seconds}" if is_live else f"{what}: {seconds}", end=end, file=sys.stderr)
+    sys.stderr.flush()
 
   def tick():
     while not done.wait(1.0):
-      print(f"\r{what} ... {time.monotonic() - start:.0f} s", end="", file=sys.stderr, flush=True)
+      say("")
 
-  print(f"{what} ...", end="", file=sys.stderr, flush=True)
   ticking = threading.Thread(target=tick, daemon=True)
-  if sys.stderr.isatty():
+  print(f"{what} ...", end="" if is_live else "\n", file=sys.stderr, flush=True)
+  if is_live:
     ticking.start()
   try:
     yield
   finally:
     done.set()
-    if ticking.is_alive():
+    if is_live:
       ticking.join()
-    print(f"\r{what} ... {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    say("\n")
 
 
 def _save_chart(found: Plan, path: str):

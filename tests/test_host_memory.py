@@ -56,6 +56,19 @@ def test_a_part_of_the_state():
   assert jax.tree.map(place, new) == jax.tree.map(place, state)
 
 
+def test_leaf_by_leaf():
+  """A state for each leaf has the bits of one for all: docs/planning.md streams them."""
+  tx = TXS["adamw"]
+  params, state = lowmem.init(tx, PARAMS)
+  whole = jax.jit(functools.partial(lowmem.step, tx))(params, state, params)
+  for name, w in PARAMS.items():
+    part, own = lowmem.init(tx, {name: w})
+    new, own = jax.jit(functools.partial(lowmem.step, tx))(part, on_host(own), part)
+    np.testing.assert_array_equal(np.asarray(new[name]), np.asarray(whole[0][name]))
+    found, expected = own.residuals[name], whole[1].residuals[name]
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
 @pytest.mark.h100
 def test_plan():
   """A CPU has one memory. For a GPU, the leaf is refused by name."""

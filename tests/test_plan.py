@@ -315,7 +315,7 @@ def test_formats():
   alone = lowmem.plan(train_step(tx), *structs(tx), X, donate_argnums=(0, 1))
   assert table.plans["bf16+8/int8"] == alone
   lines = {line.split("  ")[0]: line for line in str(table).splitlines()}
-  assert "the base" in lines["fp32/fp32"] and "0.00 GiB" in lines["fp32/fp32"]
+  assert "the base" in lines["fp32/fp32"] and "0.00 MiB" in lines["fp32/fp32"]
   assert 'weights="bf16+8", mu="int8", nu="int8"' in lines["bf16+8/int8"]
   assert "9 examples: lstm +0.4%" in lines["bf16+8/int8"]
   assert "not in the sweep" in lines["bf16+1/fp32"]

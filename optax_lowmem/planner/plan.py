@@ -16,7 +16,6 @@ from optax_lowmem.planner import targets
 from optax_lowmem.states import DeltaBitsState
 from optax_lowmem.trees import nnx_variables, pytrees
 
-_GIB = 2**30
 # A CUDA context, its libraries, and what an allocator loses to fragmentation.
 RESERVE = 0.06
 _LABELS = {
@@ -78,7 +77,8 @@ class Plan:
 
   def __str__(self) -> str:
     count, most = self.num_params, max(self.peak_bytes, self.usable_bytes or 0, 1)
-    rows = [(_LABELS[part], size) for part, size in self.parts.items()]
+    unit, name = unit_of(self.peak_bytes)
+    rows = [(_LABELS[part], size) for part, size in self.parts.items() if size]
     rows.append(("peak", self.peak_bytes))
     if self.usable_bytes is not None:
       rows.append(("usable", self.usable_bytes))
@@ -86,14 +86,19 @@ class Plan:
     for label, size in rows:
       per = f"{size / count:6.2f} bytes/param" if count and label != "usable" else ""
       bar = "█" * round(24 * size / most)
-      lines.append(f"  {label:<36}{size / _GIB:8.2f} GiB{per:<18}  {bar}".rstrip())
+      lines.append(f"  {label:<36}{size / unit:8.2f} {name}{per:<18}  {bar}".rstrip())
     if self.copied:
       first = ", ".join(list(self.copied)[:3]) + (", ..." if len(self.copied) > 3 else "")
       lines.append(
-        f"  {sum(self.copied.values()) / _GIB:.3f} GiB of donated arguments are copied: {first}."
+        f"  {sum(self.copied.values()) / unit:.2f} {name} of donated arguments are copied: {first}."
         " Return a result of each one's shape and dtype, in the order of the arguments."
       )
     return "\n".join(lines)
+
+
+def unit_of(size: int) -> tuple[int, str]:
+  """The unit to print a size in: (its bytes, its name)."""
+  return (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
 
 
 def plan(
