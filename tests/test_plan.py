@@ -89,6 +89,8 @@ def test_workspaces_of_a_cpu():
       x, kernel, (1, 1), [(2, 2)] * 2, lhs_dilation=lhs_dilation, dimension_numbers=axes
     )
 
+  of_kernel = jax.grad(lambda kernel, x: jnp.sum(step(x, kernel, (2, 2))))
+  assert lowmem.plan(of_kernel, kernel, x).parts["temporaries"] < 48 * 2**20
   temporaries = lambda n: lowmem.plan(
     functools.partial(step, lhs_dilation=(n, n)), x, kernel
   ).parts["temporaries"]

@@ -168,9 +168,10 @@ def plan(
   return Plan(name, peak, parts, count, copied, memory)
 
 
+# Kernels' gradients, whose order of axes starts with the features, need no such memory.
 _CONVOLUTION = re.compile(
-  r"stablehlo\.convolution\(.*?x\[(.*?)\]->.*?lhs_dilate = \[(.*?)\].*?feature_group_count = 1 "
-  r".*?: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>\)"
+  r"stablehlo\.convolution\(.*?dim_numbers = \[b,.*?x\[(.*?)\]->.*?lhs_dilate = \[(.*?)\]"
+  r".*?feature_group_count = 1 .*?: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>\)"
 )
 
 
