@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks import llama
 from benchmarks.step import log, report
 from examples import dcgan, dlrm, lstm, resnet18, shakespeare, t5, training
 import optax_lowmem as lowmem
@@ -176,6 +177,24 @@ def one(name: str) -> dict:
     "kept": kept_bytes,
     "formula": formula.peak_bytes,
   }
+
+
+def llama_released():
+  """A step with the shapes of Llama 3.1 8B, released, for `optax_lowmem.plan --step`."""
+  tx = lowmem.adamw(1e-3)
+  state = jax.eval_shape(lambda params: lowmem.init(tx, params), llama.structs())
+  tokens = jax.ShapeDtypeStruct((llama.TOKENS + 1,), I32)
+  return lowmem.fused_backward(llama.loss, tx), (*state, tokens), (0, 1)
+
+
+def demo():
+  """The step of `make demo`, for `optax_lowmem.plan --step`."""
+  args, fmt = shakespeare.make_parser().parse_args([]), training.parse_format(FORMAT)
+  task, tx = shakespeare.make_task(args, fmt.dtype), training.make_optimizer(fmt, args)
+  params, kept = jax.eval_shape(task.init, jax.random.key(0))
+  state = jax.eval_shape(lambda params: lowmem.init(tx, params), params)
+  windows = jax.ShapeDtypeStruct((args.batch, args.context + 1), I32)
+  return training.make_step(task, tx, args), (*state, kept, windows), (0, 1, 2)
 
 
 def settle():
