@@ -23,6 +23,9 @@ from optax_lowmem.files.memory_table import memory_table as memory_table
 from optax_lowmem.files.safetensors import export_safetensors as export_safetensors
 from optax_lowmem.files.safetensors import import_safetensors as import_safetensors
 from optax_lowmem.flax.train_state import TrainState as TrainState
+from optax_lowmem.planner.choices import PlanTable as PlanTable
+from optax_lowmem.planner.choices import largest_batch as largest_batch
+from optax_lowmem.planner.choices import plan_formats as plan_formats
 from optax_lowmem.planner.plan import Plan as Plan
 from optax_lowmem.planner.plan import plan as plan
 from optax_lowmem.release.fused_backward import fused_backward as fused_backward

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem.engine import landing, sessions
+from optax_lowmem.engine import host_memory, landing, sessions
 from optax_lowmem.states import (
   DeltaBitsState,
   check_residuals,
@@ -98,7 +98,8 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
   params and opt_state. A transformation that ends in one of ours (a chain, masked
   or partition) takes this path. A transformation with nothing of ours, or with
   ours inside a wrapper that has a ``jax.lax.cond``, runs ``tx.update`` and
-  ``optax.apply_updates``.
+  ``optax.apply_updates``. What of opt_state lies in the host's memory
+  (``"pinned_host"``) comes to the device for the step, and goes back.
 
   Args:
     tx: any Optax transformation.
@@ -142,6 +143,7 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
   params = _trained(grads, opt_state, given)
   pytrees.check_gradients(grads, params)
   tx = optax.with_extra_args_support(tx)
+  opt_state, put_back = host_memory.on_device(opt_state)
   with sessions.refuse_members_behind(), sessions.open_session(sessions.StepSession) as session:
     session.given = {id(g): g for g in jax.tree.leaves(grads)}
     updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
@@ -155,7 +157,7 @@ def step(tx: optax.GradientTransformation, grads, opt_state, params, **extra_arg
       "lowmem.step: a transformation behind one of optax_lowmem dropped its updates, but the step"
       " has already written the residuals. Put that transformation in front."
     )
-  return pytrees.map_named(pytrees.named_leaves(params).get, given), opt_state
+  return pytrees.map_named(pytrees.named_leaves(params).get, given), put_back(opt_state)
 
 
 _STEP = "lowmem.step(tx, grads, opt_state, params)"

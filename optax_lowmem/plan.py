@@ -14,9 +14,13 @@ Exit status: 0 if it fits (or no device is named), 1 if it does not, 2 for unusa
 """
 
 import argparse
+import contextlib
+import dataclasses
 import importlib
 import json
 import sys
+import threading
+import time
 import types
 
 from optax_lowmem.planner import targets
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   source.add_argument("--step", metavar="MODULE:FUNCTION", help="compile this step")
   parser.add_argument("--device", choices=targets.TARGETS, help="the GPU or TPU")
   parser.add_argument("--json", action="store_true", help="print JSON")
+  parser.add_argument("--png", metavar="FILE", help="save a chart, too; needs matplotlib")
   formula = parser.add_argument_group("by formula")
   formula.add_argument("--weights", default="bf16+8", help="their format; default: bf16+8")
   formula.add_argument("--statistics", default="int8", help="their format; default: int8")
@@ -49,13 +54,14 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
   try:
     found = _compiled(args) if args.step else _estimated(args)
-  except (ValueError, TypeError, ImportError, AttributeError) as error:
+    if args.png:
+      _save_chart(found, args.png)
+  except (ValueError, TypeError, ImportError, AttributeError, OSError) as error:
     parser.error(str(error))  # exits with 2
   if args.json:
     print(json.dumps(_as_dict(found)))
   else:
     print(found)
-    print(_bars(found))
   return int(found.verdict == "NO")
 
 
@@ -71,21 +77,61 @@ def _compiled(args) -> Plan:
     raise ValueError(f"--step is MODULE:FUNCTION; got {args.step!r}.")
   sys.path.insert(0, "")
   step, step_args, *donated = getattr(importlib.import_module(module), function)()
-  print(f"compiling for {args.device or 'this machine'} ...", file=sys.stderr, flush=True)
-  return plan(step, *step_args, device=args.device, donate_argnums=donated[0] if donated else ())
+  donate_argnums = donated[0] if donated else ()
+  with _progress(f"compiling for {args.device or 'this machine'}"):
+    return plan(step, *step_args, device=args.device, donate_argnums=donate_argnums)
 
 
 def _as_dict(found: Plan) -> dict:
-  names = ("device", "peak_bytes", "parts", "num_params", "copied_bytes", "memory", "usable_bytes")
-  return {name: getattr(found, name) for name in names} | {"verdict": found.verdict}
+  more = {"usable_bytes": found.usable_bytes, "verdict": found.verdict}
+  return dataclasses.asdict(found) | more
 
 
-def _bars(found: Plan, width: int = 60) -> str:
-  """A bar for each part, against the peak or the device's usable memory."""
-  most = max(found.peak_bytes, found.usable_bytes or 0, 1)
-  return "\n".join(
-    f"  {part:<16}{'█' * round(width * nbytes / most)}" for part, nbytes in found.parts.items()
-  )
+@contextlib.contextmanager
+def _progress(what: str):
+  """Says on stderr what takes long and, on a terminal, for how long already."""
+  start, done, is_live = time.monotonic(), threading.Event(), sys.stderr.isatty()
+
+  def say(end: str):
+    seconds = f"{time.monotonic() - start:.0f} s"
+    print(f"\r{what} ... {seconds}" if is_live else f"{what}: {seconds}", end=end, file=sys.stderr)
+    sys.stderr.flush()
+
+  def tick():
+    while not done.wait(1.0):
+      say("")
+
+  ticking = threading.Thread(target=tick, daemon=True)
+  print(f"{what} ...", end="" if is_live else "\n", file=sys.stderr, flush=True)
+  if is_live:
+    ticking.start()
+  try:
+    yield
+  finally:
+    done.set()
+    if is_live:
+      ticking.join()
+    say("\n")
+
+
+def _save_chart(found: Plan, path: str):
+  """Saves the parts as one stacked bar, against the device's usable memory."""
+  try:
+    from matplotlib.figure import Figure  # here: only --png needs it
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      '--png needs matplotlib: pip install "optax_lowmem[plan]".'
+    ) from error
+  figure = Figure(figsize=(8, 2.2), layout="constrained")
+  axes, left = figure.subplots(), 0.0
+  for part, nbytes in found.parts.items():
+    axes.barh(0, nbytes / 2**30, left=left, label=part)
+    left += nbytes / 2**30
+  if found.usable_bytes is not None:
+    axes.axvline(found.usable_bytes / 2**30, color="black", linestyle="--", label="usable")
+  axes.set(title=f"{found.device} {found.verdict}", xlabel="GiB", yticks=[])
+  figure.legend(loc="outside lower center", ncols=3)
+  figure.savefig(path)
 
 
 class _Callable(types.ModuleType):

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import math
+import os
+import re
 from typing import Any
 
 import jax
@@ -13,7 +16,6 @@ from optax_lowmem.planner import targets
 from optax_lowmem.states import DeltaBitsState
 from optax_lowmem.trees import nnx_variables, pytrees
 
-_GIB = 2**30
 # A CUDA context, its libraries, and what an allocator loses to fragmentation.
 RESERVE = 0.06
 _LABELS = {
@@ -36,7 +38,8 @@ class Plan:
       ``"statistics"``, ``"other arguments"`` (batch, counters, loss scales) and
       ``"temporaries"`` (gradients, activations, results that replace no argument).
     num_params: the number of parameters; 0 if no argument was recognised.
-    copied_bytes: bytes of donated arguments that the program copies.
+    copied: bytes by name of the arguments that were donated, but whose memory no
+      result takes.
     memory: bytes of the device; None if they are not known.
 
   Examples:
@@ -50,7 +53,7 @@ class Plan:
   peak_bytes: int
   parts: dict[str, int]
   num_params: int
-  copied_bytes: int = 0
+  copied: dict[str, int] = dataclasses.field(default_factory=dict)
   memory: int | None = None
 
   @property
@@ -73,21 +76,29 @@ class Plan:
     return "FITS" if self.fits() else "TIGHT" if self.peak_bytes <= self.memory else "NO"
 
   def __str__(self) -> str:
-    count = self.num_params
-    rows = [(_LABELS[part], size) for part, size in self.parts.items()]
+    count, most = self.num_params, max(self.peak_bytes, self.usable_bytes or 0, 1)
+    unit, name = unit_of(self.peak_bytes)
+    rows = [(_LABELS[part], size) for part, size in self.parts.items() if size]
     rows.append(("peak", self.peak_bytes))
     if self.usable_bytes is not None:
       rows.append(("usable", self.usable_bytes))
     lines = [f"{self.device}{': ' + self.verdict if self.verdict else ''}"]
     for label, size in rows:
-      per = f"{size / count:10.2f} bytes/param" if count and label != "usable" else ""
-      lines.append(f"  {label:<36}{size / _GIB:9.3f} GiB{per}")
-    if self.copied_bytes:
+      per = f"{size / count:6.2f} bytes/param" if count and label != "usable" else ""
+      bar = "█" * round(24 * size / most)
+      lines.append(f"  {label:<36}{size / unit:8.2f} {name}{per:<18}  {bar}".rstrip())
+    if self.copied:
+      first = ", ".join(list(self.copied)[:3]) + (", ..." if len(self.copied) > 3 else "")
       lines.append(
-        f"  {self.copied_bytes / _GIB:.3f} GiB of donated arguments are copied: return results in"
-        " the order of the arguments that they replace."
+        f"  {sum(self.copied.values()) / unit:.2f} {name} of donated arguments are copied: {first}."
+        " Return a result of each one's shape and dtype, in the order of the arguments."
       )
     return "\n".join(lines)
+
+
+def unit_of(size: int) -> tuple[int, str]:
+  """The unit to print a size in: (its bytes, its name)."""
+  return (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
 
 
 def plan(
@@ -116,7 +127,8 @@ def plan(
   Raises:
     ModuleNotFoundError: if the device's compiler is not installed. The message
       names the extra.
-    ValueError: for an unknown device, or donate_argnums of a jitted step.
+    ValueError: for an unknown device, donate_argnums of a jitted step, or arguments in
+      the host's memory.
 
   Examples:
     >>> import jax
@@ -137,62 +149,125 @@ def plan(
   if is_jitted and donate_argnums not in ((), None):
     raise ValueError("step is jitted and has its own donate_argnums; leave them out here.")
   args = nnx_variables.pure(args)
-  name, memory, placed = _placed(args, device)
+  name, memory, platform, placed = _placed(args, device)
+  _check_memory(args, platform)
   jitted: Any = step if is_jitted else jax.jit(step, donate_argnums=donate_argnums)
-  lowered = jitted.trace(*placed).lower()
-  stats = lowered.compile().memory_analysis()
-  parts, count = _parts(args)
-  known = sum(parts.values())
-  parts["other arguments"] = max(stats.argument_size_in_bytes - known, 0)
-  parts["temporaries"] = max(stats.peak_memory_in_bytes - stats.argument_size_in_bytes, 0)
-  donated = [x for x in jax.tree.leaves(lowered.args_info) if x.donated]
-  given = nbytes([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in donated])
-  copied = max(given - stats.alias_size_in_bytes, 0)
-  return Plan(
-    name,
-    stats.peak_memory_in_bytes,
-    parts,
-    count,
-    copied if copied > given // 100 else 0,  # what is not padded differently
-    memory,
+  traced = jitted.trace(*placed)
+  lowered = traced.lower()
+  compiled = lowered.compile()
+  stats = compiled.memory_analysis()
+  parts, count = _parts(placed)
+  peak, given = stats.peak_memory_in_bytes, stats.argument_size_in_bytes
+  if platform == "cpu":
+    # XLA:CPU leaves the temporaries out of its peak. It allocates them as one buffer.
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = given + results + stats.temp_size_in_bytes + _workspaces(lowered.as_text())
+  parts["other arguments"] = max(given - sum(parts.values()), 0)
+  parts["temporaries"] = max(peak - given, 0)
+  copied = _copied(traced, lowered, compiled)
+  return Plan(name, peak, parts, count, copied, memory)
+
+
+# Kernels' gradients, whose order of axes starts with the features, need no such memory.
+_CONVOLUTION = re.compile(
+  r"stablehlo\.convolution\(.*?dim_numbers = \[b,.*?x\[(.*?)\]->.*?lhs_dilate = \[(.*?)\]"
+  r".*?feature_group_count = 1 .*?: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>\)"
+)
+
+
+def _workspaces(text: str) -> int:
+  """Bytes that XLA:CPU allocates for transposed convolutions without counting them.
+
+  One keeps the products of each input place with the whole kernel, in float32. As many as
+  there are cores run at once.
+  """
+  found = []
+  for order, dilation, x, kernel in _CONVOLUTION.findall(text):
+    if set(dilation.split(", ")) != {"1"}:
+      sizes = [int(n) for n in kernel.split("x")]
+      features = sizes[order.split(", ").index("i")]
+      places = math.prod(map(int, x.split("x"))) // features
+      found.append(4 * places * math.prod(sizes) // features)
+  return sum(sorted(found)[-(os.cpu_count() or 1) :])
+
+
+def _copied(traced, lowered, compiled) -> dict[str, int]:
+  """The bytes of donated arguments of the program that no result replaces, by name."""
+  infos = zip(
+    traced.jaxpr.jaxpr.debug_info.arg_names, jax.tree.leaves(lowered.args_info), strict=True
   )
+  donated = {name: info for name, info in infos if info.donated}
+  if not donated:
+    return {}
+  text = compiled.as_text()
+  header, entry = text.partition("\n")[0], text[text.index("\nENTRY ") :]
+  aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)
+  replaced = set(re.findall(r": \((\d+), \{", aliases[1])) if aliases else set()
+  names = re.findall(r'parameter\((\d+)\).*?op_name="((?:[^"\\]|\\.)*)"', entry)
+  lost = [name.replace("\\'", "'") for number, name in names if number not in replaced]
+  return {
+    name: nbytes(jax.ShapeDtypeStruct(donated[name].shape, donated[name].dtype))
+    for name in lost
+    if name in donated
+  }
 
 
-def _placed(args, device) -> tuple[str, int | None, Any]:
-  """(the device's name, its memory, the arguments as structs on it)."""
+def _placed(args, device) -> tuple[str, int | None, str, Any]:
+  """(the device's name, its memory, its platform, the arguments as structs on it)."""
   if isinstance(device, str):
     target = targets.named(device)
-    return target.name, target.memory, _on(args, SingleDeviceSharding(targets.device(device)))
+    found = targets.device(device)
+    return target.name, target.memory, found.platform, _on(args, SingleDeviceSharding(found))
   if device is None or isinstance(device, jax.Device):
     found = jax.devices()[0] if device is None else device
-    return found.device_kind, None, _on(args, SingleDeviceSharding(found))
+    return found.device_kind, None, found.platform, _on(args, SingleDeviceSharding(found))
   devices = list(device)
   everywhere = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-  return f"{len(devices)} x {devices[0].device_kind}", None, _on(args, everywhere, keeps=True)
+  name = f"{len(devices)} x {devices[0].device_kind}"
+  return name, None, devices[0].platform, _on(args, everywhere, keeps=True)
 
 
 def _on(args, sharding, keeps: bool = False):
   def place(x):
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
       return x
-    given = getattr(x, "sharding", None) if keeps else None
-    given = given if isinstance(given, NamedSharding) else sharding
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=given)
+    given = getattr(x, "sharding", None)
+    placed = given if keeps and isinstance(given, NamedSharding) else sharding
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
   return jax.tree.map(place, args)
 
 
+def _check_memory(args, platform: str):
+  # JAX 0.12 leaves memory kinds out of a program that it lowers for structs.
+  for path, x in jax.tree_util.tree_leaves_with_path(args):
+    kind = getattr(getattr(x, "sharding", None), "memory_kind", None)
+    if kind == "pinned_host" and platform != "cpu":
+      raise ValueError(
+        f"args{jax.tree_util.keystr(path)} is in pinned_host, but a plan knows one memory. Plan the"
+        " step with everything on the device, and take off the parts that are to be on the host."
+      )
+
+
 def _parts(args) -> tuple[dict[str, int], int]:
-  """Weights, residuals and statistics among the arguments, and the number of parameters."""
+  """Bytes on each device of weights, residuals and statistics; the number of parameters."""
   pairs = [
     (x.params, x.opt_state) for x in args if hasattr(x, "params") and hasattr(x, "opt_state")
   ]
   pairs += [(p, s) for p in args for s in args if p is not s and _belongs(p, s)]
   if not pairs:
     return {"weights": 0, "residuals": 0, "statistics": 0}, 0
-  table = memory_table(*pairs[0])
+
+  def on_one_device(x):
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+      return x
+    return jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
+
+  table = memory_table(*jax.tree.map(on_one_device, pairs[0]))
   names = {"weights": "weights", "residuals": "residuals", "statistics": "moments"}
-  return {new: table.parts[old] for new, old in names.items()}, table.num_params
+  count = sum(x.size for x in jax.tree.leaves(pairs[0][0]) if hasattr(x, "size"))
+  return {new: table.parts[old] for new, old in names.items()}, count
 
 
 def _belongs(params, opt_state) -> bool:
