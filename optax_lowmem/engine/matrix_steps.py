@@ -130,7 +130,7 @@ class Matrices:
       new = one(matrices[0])[None] if len(matrices) == 1 else jax.lax.map(one, matrices)
       return jnp.transpose(new.reshape(moved.shape), [order.index(i) for i in range(x.ndim)])
 
-    return sharded.automatic(every, x, x) if x.size else x
+    return sharded.automatic(every, x, x)
 
   def scale(self, shape: tuple[int, ...], axes: Axes):
     """The factor of an orthogonalized matrix, by its shape."""
@@ -180,7 +180,8 @@ def state_of(struct, scalars):
 
 
 def step_matrices(
-  matrices: Matrices, programs, kind, axes: Axes, leaf: Leaf, ns_coeffs, numbers, taken, index, lands=False
+  matrices: Matrices, programs, kind, axes: Axes, leaf: Leaf, ns_coeffs, numbers, taken, index,
+  lands=False,
 ):  # fmt: skip
   """The step of a leaf: (weight, residual, [momentum]).
 
@@ -200,11 +201,14 @@ def step_matrices(
     The new parts of the leaf.
   """
   check([leaf], kind.weight, kind.formats, index)
+  if not leaf.low.size:
+    return leaf[1:4]
   (fmt,), (ahead, momentum, update) = kind.formats, zip(programs, numbers, strict=True)
 
   def step(program, leaf, formats, index, lands=False):
+    rule, scalars = program
     return step_leaves(
-      *program, [leaf], kind.weight, formats, taken, kind.implementation, index, lands
+      rule, scalars, [leaf], kind.weight, formats, taken, kind.implementation, index, lands
     )[0]
 
   def layer(leaf: Leaf, axes: Axes, index):
@@ -235,7 +239,8 @@ def step_matrices(
 
   def one(i, stored):
     g = jax.lax.dynamic_index_in_dim(leaf.gradient, i, keepdims=False)
-    return layer(Leaf(g, *stored, leaf.stream), axes.of_layer(), i)
+    low, delta, statistics = stored
+    return layer(Leaf(g, low, delta, statistics, leaf.stream), axes.of_layer(), i)
 
   return jax.lax.fori_loop(0, len(leaf.low), one, leaf[1:4])
 

@@ -63,7 +63,8 @@ def fused_backward(
     loss_fn: ``(layers, *batch) -> loss``, a real scalar, or ``(loss, aux)``.
     tx: :func:`optax_lowmem.adamw`, :func:`optax_lowmem.adam`,
       :func:`optax_lowmem.lion`, :func:`optax_lowmem.sgd` or
-      :func:`optax_lowmem.muon`, optionally inside a loss scale; also ``delta_bits(inner, elementwise=True)`` and
+      :func:`optax_lowmem.muon`, optionally inside a loss scale; also
+      ``delta_bits(inner, elementwise=True)`` and
       ``quantize_state(inner, elementwise=True)``. None takes the transformation
       of an :class:`optax_lowmem.TrainState`.
     has_aux: whether loss_fn returns ``(loss, aux)``.

@@ -131,8 +131,7 @@ def muon(
     <https://arxiv.org/abs/2309.12381>`__
   """
   implementations.check_name(implementation)
-  if isinstance(ns_coeffs, str):
-    ns_coeffs = _preset(ns_coeffs, ns_steps)
+  coefficients: Any = _preset(ns_coeffs, ns_steps) if isinstance(ns_coeffs, str) else ns_coeffs
   mu_format = first_format(mu, mu_dtype, "mu")
   first_format(adam_mu, mu_dtype, "adam_mu")
 
@@ -154,7 +153,7 @@ def muon(
   def make(mask):
     return optax.chain(
       optax.contrib.scale_by_muon(
-        ns_coeffs, ns_steps, beta, eps, mu_dtype, nesterov=nesterov, adaptive=adaptive,
+        coefficients, ns_steps, beta, eps, mu_dtype, nesterov=nesterov, adaptive=adaptive,
         preconditioning=preconditioning, weight_dimension_numbers=numbers_of,
       ),
       optax.stateless(lambda updates, params: scale_by_shape(updates)),
@@ -162,8 +161,8 @@ def muon(
     )  # fmt: skip
 
   newton_schulz = optax.contrib.scale_by_muon(
-    ns_coeffs, ns_steps, 0.0, eps, nesterov=False, adaptive=adaptive, preconditioning=preconditioning,
-    weight_dimension_numbers=MuonDimensionNumbers(),
+    coefficients, ns_steps, 0.0, eps, nesterov=False, adaptive=adaptive,
+    preconditioning=preconditioning, weight_dimension_numbers=MuonDimensionNumbers(),
   )  # fmt: skip
   is_wide = mu_format in (None, "fp32") or preconditioning == "spectral"
   matrices = Matrices(
