@@ -9,6 +9,8 @@ import hypothesis
 from hypothesis import strategies
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
@@ -406,6 +408,45 @@ def test_any_shape(rows, columns, layers):
   want, _ = trained(optax.contrib.muon(1e-2, muon_weight_dimension_numbers=stacks), params, steps=1)
   got, _ = trained(lowmem.muon(1e-2, **FP32, weights="bf16+16"), params, steps=1)
   chex.assert_trees_all_close(got, want, rtol=0, atol=5e-6)
+
+
+MESH = {"stack": (4, 64, 128), "tall": (128, 64), "bias": (128,)}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "specs",
+  [
+    {"stack": P(None, "x", None), "tall": P("x", None), "bias": P("x")},
+    {"stack": P(None, None, "x"), "tall": P(None, "x"), "bias": P(None)},
+    {"stack": P("x"), "tall": P(None, None), "bias": P(None)},
+  ],
+  ids=["FSDP", "tensor", "layers"],
+)
+def test_on_a_mesh(kind, specs):
+  """Weights near those of one device, and updates that land (law 8)."""
+  tx = lowmem.muon(1e-2, weights="bf16+16")
+  step, update = jax.jit(functools.partial(lowmem.step, tx)), jax.jit(tx.update)
+
+  def run(put):
+    params, state = lowmem.init(tx, put(normal(MESH)))
+    grads = put(normal(MESH, 1, 1.0, jnp.bfloat16))
+    updates, updated = update(grads, state, params)
+    landed = optax.apply_updates(params, updates)
+    low, state = step(grads, state, params)
+    return low, lowmem.master_params(low, state), lowmem.master_params(landed, updated)
+
+  _, want, _ = run(lambda tree: tree)
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,), devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    put = lambda tree: {
+      name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in tree.items()
+    }
+    low, got, landed = run(put)
+  for name in MESH:
+    assert low[name].sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), low[name].ndim)
+    for masters in (got, landed):
+      np.testing.assert_allclose(masters[name], want[name], rtol=0, atol=5e-4)
 
 
 def test_one_state_of_each():

@@ -9,6 +9,7 @@ exists in between.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -118,19 +119,21 @@ class Matrices:
   def orthogonalize(self, x, ns_coeffs, axes: Axes):
     """Orthogonalizes a matrix, or each matrix of a stack, one after the other."""
 
-    def one(matrix):
-      state = MuonState(jnp.zeros([], jnp.int32), jnp.zeros_like(matrix), ns_coeffs)
-      return self.newton_schulz.update(matrix, state)[0]
-
-    def every(x):
+    def every(x, ns_coeffs):
+      one = functools.partial(self._one, ns_coeffs=ns_coeffs)
       batch = [i for i in range(x.ndim) if i not in axes.reduction + axes.output]
       order = (*batch, *axes.reduction, *axes.output)
       moved = jnp.transpose(x, order)
       matrices = moved.reshape(-1, *axes.fans(x.shape))
       new = one(matrices[0])[None] if len(matrices) == 1 else jax.lax.map(one, matrices)
-      return jnp.transpose(new.reshape(moved.shape), [order.index(i) for i in range(x.ndim)])
+      back = [order.index(i) for i in range(x.ndim)]
+      return _row_major(jnp.transpose(new.reshape(moved.shape), back))
 
-    return sharded.automatic(every, x, x)
+    return sharded.automatic(every, x, x, ns_coeffs)
+
+  def _one(self, matrix, ns_coeffs):
+    state = MuonState(jnp.zeros([], jnp.int32), jnp.zeros_like(matrix), ns_coeffs)
+    return self.newton_schulz.update(matrix, state)[0]
 
   def scale(self, shape: tuple[int, ...], axes: Axes):
     """The factor of an orthogonalized matrix, by its shape."""
@@ -217,24 +220,26 @@ def step_matrices(
       at = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
       stored = jax.tree.map(at, stored)
 
-    def matrix(g, stored):
-      g, (rule, scalars) = g.astype(jnp.float32), ahead
+    def matrix(g, stored, scalars):
+      g, (rule, _) = g.astype(jnp.float32), ahead
       x, _ = rule(scalars, g, g, [state_formats.dequantize(stored, fmt)])
-      return x.astype(matrices.dtype)
+      return _row_major(x.astype(matrices.dtype))
 
-    x = _row_major(sharded.automatic(matrix, leaf.gradient, leaf.gradient, stored))
+    x = sharded.automatic(matrix, leaf.gradient, leaf.gradient, stored, ahead[1])
     # The programs overwrite what the products read.
     x, leaf = jax.lax.optimization_barrier((x, leaf))
     # In place, the weight goes through the first program, too.
     low, delta, new = step(momentum, leaf, kind.formats, index)
-    u = _row_major(matrices.orthogonalize(x, ns_coeffs, axes))
+    u = matrices.orthogonalize(x, ns_coeffs, axes)
     moved = Leaf(u, low, delta, [], leaf.stream)
     low, delta, _ = step(update, moved, (), index, lands)
     return low, delta, new
 
   if index is not None:
     return layer(leaf, axes.of_layer(), index)
-  if lands or not axes.is_stack:
+  sharding = sharded.explicit(leaf.low)
+  is_split = sharding is not None and sharding.spec[0] is not None  # JAX cannot slice it
+  if lands or is_split or not axes.is_stack:
     return layer(leaf, axes, None)
 
   def one(i, stored):
