@@ -449,6 +449,26 @@ def test_on_a_mesh(kind, specs):
       np.testing.assert_allclose(masters[name], want[name], rtol=0, atol=5e-4)
 
 
+def test_which_leaf_goes_where():
+  params, state = lowmem.init(lowmem.muon(1e-2), normal(SHAPES))
+  table = lowmem.memory_table(params, state)
+  assert table.members["adam"] == ("['bias']", "['scalar']")
+  assert set(table.members["muon"]) == {f"['{name}']" for name in SHAPES} - {
+    "['bias']",
+    "['scalar']",
+  }
+  assert "adam: ['bias'], ['scalar']" in str(table)
+  fp32, state = lowmem.init(lowmem.muon(1e-2, weights="fp32"), normal(SHAPES))
+  assert lowmem.memory_table(fp32, state).members == table.members
+
+
+@pytest.mark.filterwarnings("always::UserWarning")
+def test_warns_once():
+  with pytest.warns(UserWarning, match="stays so") as warned:
+    lowmem.muon(1e-2).init(normal(SHAPES))
+  assert len(warned) == 1
+
+
 def test_one_state_of_each():
   """Each part holds its own residuals; the words of the random streams are the same."""
   _, state = lowmem.init(lowmem.muon(1e-2, key=3), normal(SHAPES))

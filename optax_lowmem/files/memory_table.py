@@ -22,6 +22,8 @@ class MemoryTable:
       scales), ``"accumulated gradients"`` if there are some (``optax.MultiSteps``),
       and ``"gradients"`` if they were given.
     num_params: the number of parameters.
+    members: the names of the leaves that each member of an ``optax.partition`` or of
+      :func:`optax_lowmem.muon` steps, by its label.
 
   Examples:
     >>> import optax_lowmem as lowmem
@@ -38,6 +40,7 @@ class MemoryTable:
 
   parts: dict[str, int]
   num_params: int
+  members: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
   @property
   def total(self) -> int:
@@ -56,7 +59,14 @@ class MemoryTable:
       rows.append((part, f"{count:,}", f"{self.bytes_per_param[part]:.3f}"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    return "\n".join([*lines, f"{self.num_params:,} parameters"])
+    lines.append(f"{self.num_params:,} parameters")
+    for label, names in self.members.items():
+      more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+      lines.append(f"{label}: {', '.join(names[:_MOST_NAMES]) or 'no leaf'}{more}")
+    return "\n".join(lines)
+
+
+_MOST_NAMES = 6
 
 
 def memory_table(params, opt_state, grads=None) -> MemoryTable:
@@ -126,7 +136,18 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   count((opt_state,))
   if grads is not None:
     parts["gradients"] = nbytes(grads)
-  return MemoryTable(parts, sum(_size(x) for x in jax.tree.leaves(params)))
+  members: dict[str, tuple[str, ...]] = {}
+  for state in pytrees.find_states(opt_state, optax.PartitionState):
+    for label, member in state.inner_states.items():
+      stepped = {
+        steps[i:]
+        for path, _ in jax.tree_util.tree_leaves_with_path(member)
+        for steps in [tuple(map(str, path))]
+        for i in range(len(steps))
+      }
+      of = [pytrees.name_of(path) for path in paths if tuple(map(str, path)) in stepped]
+      members[str(label)] = tuple(of)
+  return MemoryTable(parts, sum(_size(x) for x in jax.tree.leaves(params)), members)
 
 
 _NODES = (DeltaBitsState, Blocks, optax.MultiStepsState)

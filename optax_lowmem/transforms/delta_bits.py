@@ -1,6 +1,8 @@
 """delta_bits: half-precision weights, with the rest of their float32 masters in residual bits."""
 
 from collections.abc import Callable
+import contextlib
+import contextvars
 import functools
 from typing import Any, Literal
 import warnings
@@ -272,6 +274,19 @@ def _check_update_dtype(update_dtype):
     raise ValueError(f'update_dtype must be jnp.float32 or "gradient"; got {update_dtype!r}.')
 
 
+_warned: contextvars.ContextVar[list | None] = contextvars.ContextVar("warned", default=None)
+
+
+@contextlib.contextmanager
+def warning_once():
+  """A context in which float32 leaves cause one warning, though several members see them."""
+  token = _warned.set([])
+  try:
+    yield
+  finally:
+    _warned.reset(token)
+
+
 def _formats_for(weights, params, *, converting: bool) -> Formats:
   """The formats of the leaves that get one; checks each leaf's dtype."""
   find = weights if callable(weights) else _prefix_lookup(weights, params)
@@ -293,7 +308,10 @@ def _formats_for(weights, params, *, converting: bool) -> Formats:
       table.append((name, fmt))
     elif is_float32:
       left.append((name, fmt.name))
-  if left:
+  seen = _warned.get()
+  if left and not seen:
+    if seen is not None:
+      seen.append(left)
     (name, fmt_name), *others = left
     warnings.warn(
       f"params{name} is float32 and stays so{f' (and {len(others)} more)' if others else ''}: its"

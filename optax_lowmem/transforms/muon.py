@@ -11,7 +11,7 @@ from optax.contrib import MuonDimensionNumbers, MuonState
 from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.matrix_steps import Axes, Matrices
 from optax_lowmem.engine.partitioned_steps import Partitioned
-from optax_lowmem.transforms.delta_bits import Weights, delta_bits
+from optax_lowmem.transforms.delta_bits import Weights, delta_bits, warning_once
 from optax_lowmem.transforms.optimizers import adamw, average_fold
 from optax_lowmem.transforms.quantize_state import DEFAULT, first_format, quantize
 from optax_lowmem.trees import nnx_variables, pytrees
@@ -197,7 +197,12 @@ def muon(
   # Gradient release reads it.
   optimizers = {label: member.update.optimizer for label, member in members.items()}
   parts.update.optimizer = Partitioned(optimizers, labels)
-  return nnx_variables.transformation(parts.init, parts.update)
+
+  def init(params):
+    with warning_once():
+      return parts.init(params)
+
+  return nnx_variables.transformation(init, parts.update)
 
 
 def _preset(name: str, steps: int) -> Array:
