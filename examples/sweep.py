@@ -65,6 +65,11 @@ PLAN = {
   "clip": Plan(CLIP, "--no-checkpointing"),  # checkpointing changes only memory and time
   "shakespeare": Plan(SHORT),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
+  "muon": Plan(
+    ("fp32", "bf16", "bf16+8/int8", "bf16+0/int8"),
+    f"{SMALL} --optimizer muon --learning-rate 3e-3",
+    "shakespeare",
+  ),
   "sgd": Plan(OTHERS, f"{SMALL} --optimizer sgd --learning-rate 0.1", "shakespeare"),
 }
 

@@ -32,6 +32,12 @@ OPTIMIZERS: dict[str, tuple[Callable, Callable, dict, tuple[str, ...]]] = {
   "adam": (optax.adam, lowmem.adam, {"b1": 0.9}, ("mu", "nu")),
   "adamw": (optax.adamw, lowmem.adamw, {"b1": 0.9, "weight_decay": 0.01}, ("mu", "nu")),
   "lion": (optax.lion, lowmem.lion, {"weight_decay": 0.1}, ("mu",)),
+  "muon": (
+    optax.contrib.muon,
+    lowmem.muon,
+    {"consistent_rms": 0.2},  # as large as AdamW's updates
+    ("mu", "adam_mu", "adam_nu"),
+  ),
   "sgd": (optax.sgd, lowmem.sgd, {"momentum": 0.9}, ("accumulator",)),
 }
 
