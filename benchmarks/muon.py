@@ -2,6 +2,7 @@
 
   python -m benchmarks.muon h100-compile
   python -m benchmarks.muon cpu
+  python -m benchmarks.muon mesh
 
 h100-compile: compiles training steps for GPUs that need not be present (the `plan` extra)
 and reads their memory with `lowmem.plan`: 0.5B parameters in 16 stacked layers, and a model
@@ -10,6 +11,9 @@ executed.
 
 cpu: times the step alone, ours relative to `optax.contrib.muon` in bfloat16 on the same
 leaves. All take turns within one process.
+
+mesh: lists what the optimizer's step communicates on eight H100s, by collectives of the
+compiled program; one in a loop over layers counts once.
 
 Each command prints tables and writes `benchmarks/results/muon_NAME.json`.
 """
@@ -21,13 +25,16 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from benchmarks import contenders, llama, shapes
 from benchmarks.release import stacked_loss, unreleased
-from benchmarks.step import log, nbytes, report, seconds
+from benchmarks.step import both_seconds, log, nbytes, report
 import optax_lowmem as lowmem
+from optax_lowmem.planner import targets
 
 GIB = 2**30
 WIDTH = 1664
@@ -163,15 +170,56 @@ def cpu() -> dict:
 
   for i in range(6):
     for name, of in steps.items():
-      time = seconds(functools.partial(run, of))
+      wall_and_cpu = both_seconds(functools.partial(run, of))
       if i:
-        times[name].append(time)
-  base = statistics.median(times["optax.contrib.muon, all bfloat16"])
+        times[name].append(wall_and_cpu)
+  medians = {
+    name: [statistics.median(x) for x in zip(*pairs, strict=True)] for name, pairs in times.items()
+  }
+  base = medians["optax.contrib.muon, all bfloat16"]
   rows = [
-    {"step": name, "seconds": statistics.median(x), "ratio": statistics.median(x) / base}
-    for name, x in times.items()
+    {
+      "step": name,
+      "seconds": wall,
+      "CPU seconds": cpu_time,
+      "ratio": wall / base[0],
+      "ratio of CPU seconds": cpu_time / base[1],
+    }
+    for name, (wall, cpu_time) in medians.items()
   ]
   return {"device": "CPU", "tables": {f"The step alone, {LEAVES}": rows}}
+
+
+def mesh() -> dict:
+  """Lists what the optimizer's step communicates on eight H100s, compiled."""
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+  jax.config.update("jax_platforms", "cpu")
+  from benchmarks import mesh as fsdp
+
+  on = Mesh(np.array(targets.gpus("h100", "1x1x8")), ("data",), axis_types=(AxisType.Auto,))
+  numbers = {"muon_weight_dimension_numbers": llama_numbers}
+  rows = [
+    ("lowmem.muon, bf16+8, int8", lowmem.muon(1e-3, **numbers), jnp.float32),
+    ("optax.contrib.muon, all bfloat16", optax.contrib.muon(1e-3, **numbers), jnp.bfloat16),
+  ]
+  found = []
+  for name, tx, dtype in rows:
+    init = functools.partial(lowmem.init, tx)
+    params, state = fsdp.on_mesh(jax.eval_shape(init, llama.structs(dtype)), on)
+    step = jax.jit(
+      lambda grads, params, state, tx=tx: lowmem.step(tx, grads, state, params),
+      donate_argnums=(1, 2),
+      out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
+    )
+    done = step.trace(params, params, state).lower().compile()
+    temporaries = done.memory_analysis().temp_size_in_bytes / GIB
+    for what, times in sorted(fsdp.communicated(done).items()):
+      found.append(
+        {"step": name, "collective, a device": what, "times": times, "temporaries GiB": temporaries}
+      )
+      log(found[-1])
+  title = "The optimizer's step, Llama 3.1 8B shapes, sharded over eight H100s"
+  return {"device": "compiled for, not run", "tables": {title: found}}
 
 
 def main():
@@ -179,7 +227,7 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  commands = {"h100-compile": h100_compile, "cpu": cpu}
+  commands = {"h100-compile": h100_compile, "cpu": cpu, "mesh": mesh}
   parser.add_argument("command", choices=commands)
   args = parser.parse_args()
   report(commands[args.command], "muon_" + args.command.replace("-", "_"))
