@@ -1,12 +1,15 @@
-"""The errors of Adam's statistics in candidate 8-bit formats: `python -m benchmarks.state_formats`.
+"""The errors of Adam's statistics in 8-bit and 4-bit formats: `python -m benchmarks.state_formats`.
 
 A candidate is a list of magnitudes between 0 and 1, relative to the largest in a
-block of 32: 127 magnitudes and a sign for mu, 255 for the root of nu (or for nu
-itself in some candidates). Prints the table of `docs/state_formats.md`. A row
-takes a minute or two on two cores.
+block of 32: 127 magnitudes (4 bits: 7) and a sign for mu, 255 (15) for the root of
+nu, or for nu itself in some candidates. Prints the tables of
+`docs/state_formats.md`. A row takes a minute or two on two cores. The argument 8 or
+4 prints one table.
 """
 
 import dataclasses
+import statistics
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,39 @@ def float8(n):
   return value / value[-1]
 
 
+def without_zero(n):
+  """Linear levels without a zero, as torchao's for a 4-bit nu."""
+  return np.arange(1, n + 2) / (n + 1)
+
+
+def dynamic(n):
+  """Bitsandbytes' dynamic map: decades, each with twice the levels of the one below."""
+  decades = int(np.log2(n + 1))
+  edges = [np.linspace(0.1, 1, 2**i + 1) * 10.0 ** (i + 1 - decades) for i in range(decades)]
+  return np.concatenate([[0], *((x[1:] + x[:-1]) / 2 for x in edges), [1]])
+
+
+def dynamic_below(n):
+  """The magnitudes of the dynamic map's negative levels: -1 has no code."""
+  return dynamic(n)[:-1]
+
+
+def normal(n):
+  """NF4's positive levels: quantiles of a normal distribution, 8 of them beside zero."""
+  return _quantiles(n + 1)
+
+
+def normal_negative(n):
+  """The magnitudes of NF4's negative levels, 7 of them beside zero."""
+  return _quantiles(n)
+
+
+def _quantiles(n):
+  share = np.linspace(0.5, 0.9677083, n + 1)
+  value = np.array([statistics.NormalDist().inv_cdf(x) for x in share])
+  return value / value[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
   """The levels of mu and of nu (or its root), and the rounding to them."""
@@ -52,6 +88,13 @@ class Candidate:
   rounding: str = "stochastic"
   nu_by_root: bool = True
   never_zero: bool = True  # a positive nu keeps the smallest magnitude
+  bits: int = 8
+  mu_below: object = None  # the levels of a negative mu, if they differ
+
+
+def four(*args, **kwargs):
+  """A candidate of 4 bits."""
+  return Candidate(*args, **kwargs, bits=4)
 
 
 CANDIDATES = [
@@ -66,6 +109,22 @@ CANDIDATES = [
   Candidate("fourth power", power(4), power(4)),
   Candidate("logarithmic, 2^-16", logarithmic, logarithmic),
   Candidate("float8", float8, float8),
+  four(
+    "dynamic / linear, nu itself, no 0",
+    dynamic,
+    without_zero,
+    "nearest",
+    False,
+    mu_below=dynamic_below,
+  ),
+  four("NF4 / linear", normal, power(1), "nearest", mu_below=normal_negative),
+  four("NF4 / linear", normal, power(1), mu_below=normal_negative),
+  four("dynamic / linear", dynamic, power(1), mu_below=dynamic_below),
+  four("linear", power(1), power(1)),
+  four("power of 1.5 / linear", power(1.5), power(1)),
+  four("square / linear (chosen)", power(2), power(1)),
+  four("square", power(2), power(2)),
+  four("cube / power of 1.5", power(3), power(1.5)),
 ]
 
 
@@ -88,8 +147,13 @@ def store(x, levels, rounding, uniform, never_zero):
 def stored_moments(mu, nu, c: Candidate, key):
   """Both moments after a round trip through their formats."""
   u = jax.random.uniform(key, (2, *mu.shape))
-  levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, 127), (c.nu, 255))]
-  mu = jnp.sign(mu) * store(jnp.abs(mu), levels[0], c.rounding, u[0], False)
+  most = 2 ** (c.bits - 1) - 1
+  levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, most), (c.nu, 2 * most + 1))]
+  size = store(jnp.abs(mu), levels[0], c.rounding, u[0], False)
+  if c.mu_below is not None:
+    below = jnp.asarray(c.mu_below(most), jnp.float32)
+    size = jnp.where(mu < 0, store(jnp.abs(mu), below, c.rounding, u[0], False), size)
+  mu = jnp.sign(mu) * size
   root = jnp.sqrt(nu) if c.nu_by_root else nu
   root = store(root, levels[1], c.rounding, u[1], c.never_zero)
   return mu, root**2 if c.nu_by_root else root
@@ -126,8 +190,8 @@ def idle(c: Candidate):
   Returns:
     For the active half, the mean ratio of the stored root of nu to the exact one
     (1 + bias) and its standard deviation. For the idle half, the mean |mu| and the
-    mean root relative to the exact ones, when those reach 1/64 of the block's
-    largest. For its displacement, the largest error beyond 10% of exact Adam's, in
+    mean root relative to the exact ones, when those reach 1/64 (4 bits: 1/8) of the
+    block's largest. For its displacement, the largest error beyond 10% of exact Adam's, in
     units of the learning rate, and the mean relative to exact Adam's.
   """
   shape = (BLOCKS, BLOCK)
@@ -157,7 +221,8 @@ def idle(c: Candidate):
   scan = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(WARM + STEPS)))
   (*_, d, d_x), trace = scan((zeros,) * 6)
   mu, root, mu_x, root_x, mu_top, root_top, bias, spread = (np.asarray(x)[WARM:] for x in trace)
-  at = [int(np.sum(x * 64 >= top)) - 1 for x, top in ((mu_x, mu_top), (root_x, root_top))]
+  part = 64 if c.bits == 8 else 8
+  at = [int(np.sum(x * part >= top)) - 1 for x, top in ((mu_x, mu_top), (root_x, root_top))]
   d, d_x = np.asarray(d)[:, ::2], np.asarray(d_x)[:, ::2]
   beyond = np.max(np.abs(d - d_x) - 0.1 * np.abs(d_x))
   return (
@@ -171,14 +236,20 @@ def idle(c: Candidate):
 
 
 def main():
-  """Measures and prints the table."""
+  """Measures and prints the tables."""
+  for bits in map(int, sys.argv[1:] or ("8", "4")):
+    print_table(bits)
+
+
+def print_table(bits: int):
+  """Measures and prints the table of candidates of 8 or of 4 bits."""
   print(
     "| mu / root of nu | rounding | Gaussian: error of mu | log-normal: nu = 0, mu not"
-    " | root off 2x | active root: mean | std | idle at 1/64: mu | root"
+    f" | root off 2x | active root: mean | std | idle at 1/{64 if bits == 8 else 8}: mu | root"
     " | displacement: beyond 10%, lr | mean |"
   )
   print("| --- | --- |" + " ---: |" * 9)
-  for c in CANDIDATES:
+  for c in (c for c in CANDIDATES if c.bits == bits):
     noise, lost, off = one_shot(c)
     bias, spread, mu, root, beyond, mean = idle(c)
     print(

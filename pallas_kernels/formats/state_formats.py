@@ -177,8 +177,8 @@ def unpack(stored: jax.Array, fmt: StateFormat) -> jax.Array:
   if not fmt.is_packed:
     return stored
   byte = stored.reshape(*(stored.shape or (1,)), 1).astype(_I32)
-  # A broadcast: XLA would not fuse a concatenation. Shifting left first extends the sign.
-  c = byte << (28 - 4 * jax.lax.broadcasted_iota(_I32, (1,) * (byte.ndim - 1) + (2,), byte.ndim - 1))
+  # A broadcast: XLA would not fuse a concatenation. The first shift puts the sign in place.
+  c = byte << (28 - 4 * jax.lax.iota(_I32, 2))
   c = ((c.astype(_U32) >> _U32(28)) if fmt.is_square else (c >> 28)).astype(fmt.dtype)
   c = c.reshape(*byte.shape[:-2], 2 * byte.shape[-2])
   if stored.dtype == jnp.int8:  # an odd last axis

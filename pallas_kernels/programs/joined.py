@@ -291,8 +291,8 @@ def step(
   if deltas[0] is not None:  # packed residuals have equally many bytes for every block
     join = joint.by_block if deltas[0].dtype == jnp.uint8 else joint.values
     residuals = join(deltas)
-  parts = joint.values(lows), residuals, [statistic(xs) for xs in zip(*statistics, strict=True)]
-  leaf = type(leaves[0])(joint.values(gradients), *packed(parts), stream=None)
+  old = joint.values(lows), residuals, [statistic(xs) for xs in zip(*statistics, strict=True)]
+  leaf = type(leaves[0])(joint.values(gradients), *packed(old), stream=None)
   if index is not None or windows:
     given = windows or [None] * len(leaves)
     places = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
