@@ -50,6 +50,11 @@ def without_zero(n):
   return np.arange(1, n + 2) / (n + 1)
 
 
+def half_step(n):
+  """Zero, and linear levels from half a step."""
+  return np.concatenate([[0], 2 * np.arange(n) + 1]) / (2 * n - 1)
+
+
 def dynamic(n):
   """Bitsandbytes' dynamic map: decades, each with twice the levels of the one below."""
   decades = int(np.log2(n + 1))
@@ -90,6 +95,7 @@ class Candidate:
   never_zero: bool = True  # a positive nu keeps the smallest magnitude
   bits: int = 8
   mu_below: object = None  # the levels of a negative mu, if they differ
+  holds: bool = False  # the scale of nu stays while it is up to half an octave too large
 
 
 def four(*args, **kwargs):
@@ -110,30 +116,32 @@ CANDIDATES = [
   Candidate("logarithmic, 2^-16", logarithmic, logarithmic),
   Candidate("float8", float8, float8),
   four(
-    "dynamic / linear, nu itself, no 0",
-    dynamic,
-    without_zero,
-    "nearest",
-    False,
+    "dynamic / linear, nu itself, no 0", dynamic, without_zero, "nearest", False,
     mu_below=dynamic_below,
   ),
   four("NF4 / linear", normal, power(1), "nearest", mu_below=normal_negative),
   four("NF4 / linear", normal, power(1), mu_below=normal_negative),
-  four("dynamic / linear", dynamic, power(1), mu_below=dynamic_below),
-  four("linear", power(1), power(1)),
-  four("power of 1.5 / linear", power(1.5), power(1)),
-  four("square / linear (chosen)", power(2), power(1)),
-  four("square", power(2), power(2)),
-  four("cube / power of 1.5", power(3), power(1.5)),
-]
+  four("NF4 / linear, held", normal, power(1), mu_below=normal_negative, holds=True),
+  four("NF4 / half step, held", normal, half_step, mu_below=normal_negative, holds=True),
+  four("linear / half step, held", power(1), half_step, holds=True),
+  four("softsign / half step, held", softsign, half_step, holds=True),
+  four("square / half step, held (chosen)", power(2), half_step, holds=True),
+  four("square / square", power(2), power(2), holds=True),
+]  # fmt: skip
 
 
-def store(x, levels, rounding, uniform, never_zero):
+def scale_of(x, old=None):
+  """The largest of a block, rounded up to bfloat16; the old scale while it is close above."""
+  bits = jax.lax.bitcast_convert_type(jnp.max(x, axis=-1, keepdims=True), jnp.uint32)
+  bits = (bits + jnp.uint32(0xFFFF)) >> 16
+  if old is not None:
+    old = jax.lax.bitcast_convert_type(old, jnp.uint32) >> 16
+    bits = jnp.where((bits <= old) & (old <= bits + 64), old, bits)
+  return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
+
+
+def store(x, scale, levels, rounding, uniform, never_zero):
   """Rounds non-negative x [K, B] to a block's levels and back."""
-  scale = jnp.max(x, axis=-1, keepdims=True)
-  bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)  # rounded up to bfloat16
-  bits = (bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
-  scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
   ratio = jnp.where(scale > 0, x / jnp.where(scale > 0, scale, 1), 0)
   i = jnp.clip(jnp.searchsorted(levels, ratio, side="right") - 1, 0, len(levels) - 2)
   low, high = levels[i], levels[i + 1]
@@ -144,19 +152,21 @@ def store(x, levels, rounding, uniform, never_zero):
   return y * scale
 
 
-def stored_moments(mu, nu, c: Candidate, key):
-  """Both moments after a round trip through their formats."""
+def stored_moments(mu, nu, c: Candidate, key, old):
+  """Both moments after a round trip through their formats, and the scale of nu."""
   u = jax.random.uniform(key, (2, *mu.shape))
   most = 2 ** (c.bits - 1) - 1
   levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, most), (c.nu, 2 * most + 1))]
-  size = store(jnp.abs(mu), levels[0], c.rounding, u[0], False)
+  args = jnp.abs(mu), scale_of(jnp.abs(mu))
+  size = store(*args, levels[0], c.rounding, u[0], False)
   if c.mu_below is not None:
     below = jnp.asarray(c.mu_below(most), jnp.float32)
-    size = jnp.where(mu < 0, store(jnp.abs(mu), below, c.rounding, u[0], False), size)
+    size = jnp.where(mu < 0, store(*args, below, c.rounding, u[0], False), size)
   mu = jnp.sign(mu) * size
   root = jnp.sqrt(nu) if c.nu_by_root else nu
-  root = store(root, levels[1], c.rounding, u[1], c.never_zero)
-  return mu, root**2 if c.nu_by_root else root
+  scale = scale_of(root, old if c.holds else None)
+  root = store(root, scale, levels[1], c.rounding, u[1], c.never_zero)
+  return mu, root**2 if c.nu_by_root else root, scale
 
 
 def one_shot(c: Candidate):
@@ -170,10 +180,11 @@ def one_shot(c: Candidate):
   k = jax.random.split(jax.random.key(0), 4)
   shape = (BLOCKS, BLOCK)
   mu = jax.random.normal(k[0], shape)
-  q, _ = stored_moments(mu, mu**2, c, k[1])
+  none = jnp.zeros((BLOCKS, 1))
+  q, *_ = stored_moments(mu, mu**2, c, k[1], none)
   noise = float(jnp.sqrt(jnp.mean((q - mu) ** 2) / jnp.mean(mu**2)))
   mu = jnp.exp(2 * jax.random.normal(k[2], shape))
-  q, nu = stored_moments(mu, mu**2, c, k[3])
+  q, nu, _ = stored_moments(mu, mu**2, c, k[3], none)
   lost = float(jnp.mean((nu == 0) & (mu != 0)))
   off = float(jnp.mean(jnp.abs(jnp.log2(jnp.sqrt(nu) / mu)) >= 1))
   return noise, lost, off
@@ -199,7 +210,7 @@ def idle(c: Candidate):
   zeros = jnp.zeros(shape)
 
   def body(carry, t):
-    mu, nu, mu_x, nu_x, d, d_x = carry
+    mu, nu, scale, mu_x, nu_x, d, d_x = carry
     k = jax.random.split(jax.random.fold_in(jax.random.key(1), t))
     g = jax.random.normal(k[0], shape)
     g = jnp.where(resting & (t >= WARM), 0, g)
@@ -212,14 +223,14 @@ def idle(c: Candidate):
 
     d = d + jnp.where(t >= WARM, update(mu, nu), 0)
     d_x = d_x + jnp.where(t >= WARM, update(mu_x, nu_x), 0)
-    mu, nu = stored_moments(mu, nu, c, k[1])
+    mu, nu, scale = stored_moments(mu, nu, c, k[1], scale)
     rows = [jnp.abs(mu), jnp.sqrt(nu), jnp.abs(mu_x), jnp.sqrt(nu_x)]
     sums = [jnp.mean(r[:, ::2]) for r in rows] + [jnp.mean(jnp.max(r, -1)) for r in rows[2:]]
     ratio = jnp.sqrt(nu / nu_x)[:, 1::2]
-    return (mu, nu, mu_x, nu_x, d, d_x), (*sums, jnp.mean(ratio), jnp.std(ratio))
+    return (mu, nu, scale, mu_x, nu_x, d, d_x), (*sums, jnp.mean(ratio), jnp.std(ratio))
 
   scan = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(WARM + STEPS)))
-  (*_, d, d_x), trace = scan((zeros,) * 6)
+  (*_, d, d_x), trace = scan((zeros, zeros, zeros[:, :1], *(zeros,) * 4))
   mu, root, mu_x, root_x, mu_top, root_top, bias, spread = (np.asarray(x)[WARM:] for x in trace)
   part = 64 if c.bits == 8 else 8
   at = [int(np.sum(x * part >= top)) - 1 for x, top in ((mu_x, mu_top), (root_x, root_top))]

@@ -80,7 +80,7 @@ def test_rounding_is_unbiased(fmt):
   n = 4096
   x = jnp.tile(sample((1, BLOCK), fmt, seed=5) * 0.37, (n, 1))
   if fmt.is_square and fmt.is_packed:  # a root below the smallest code becomes that code
-    x = jnp.maximum(x, jnp.max(x) / 14**2)
+    x = jnp.maximum(x, jnp.max(x) / 28**2)
   y = store_and_load(x, fmt)
   if fmt.is_square and fmt.has_scale:
     x, y = jnp.sqrt(x), jnp.sqrt(y)
@@ -191,12 +191,17 @@ def test_bad_format(name, found):
 
 
 @pytest.mark.parametrize(
-  "name, warm, size",
-  [("int8", 500, 1.0), pytest.param("fp16", 100, 1e-9, marks=pytest.mark.thorough)],
+  "name, warm, size, steps, part, rtol",
+  [
+    ("int8", 500, 1.0, 20_000, 64, 0.1),
+    ("int4", 500, 1.0, 8_000, 8, 0.15),
+    pytest.param("int4", 2000, 1e15, 8_000, 8, 0.15, marks=pytest.mark.thorough),
+    pytest.param("fp16", 100, 1e-9, 20_000, 64, 0.1, marks=pytest.mark.thorough),
+  ],
 )
-def test_idle_weights(name, warm, size):
+def test_idle_weights(name, warm, size, steps, part, rtol):
   """Law 13: averages that get no more gradients follow the exact ones; weights stand still."""
-  steps, shape = 20_000, (1024, BLOCK)
+  shape = (1024, BLOCK)
   resting = jnp.arange(BLOCK) % 2 == 0
   exact_tx = optax.scale_by_adam(eps=0.0)
   tx = lowmem.scale_by_adam(eps=0.0, mu=name, nu=name)
@@ -227,8 +232,11 @@ def test_idle_weights(name, warm, size):
   assert int(jnp.sum(lost)) == 0
   for i in (0, 2):  # mean |mu|, mean sqrt(nu)
     mean, top = np.asarray(wanted[i])[warm:], np.asarray(wanted[i + 1])[warm:]
-    near = mean >= top / 64
-    assert near.sum() > 20
-    np.testing.assert_allclose(np.asarray(found[i])[warm:][near], mean[near], rtol=0.1)
+    near = mean >= top / part
+    assert near.sum() >= 10
+    np.testing.assert_allclose(np.asarray(found[i])[warm:][near], mean[near], rtol=rtol)
+  if name == "int4":  # it goes on falling: here, to twice the smallest root of a block
+    assert found[2][-1] < 2 * found[3][-1] / 29
+    return
   moved, exactly = np.asarray(moved)[:, ::2], np.asarray(exactly)[:, ::2]
   assert np.all(np.abs(moved - exactly) <= 0.1 * np.abs(exactly) + 1.0)

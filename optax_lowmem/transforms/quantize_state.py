@@ -217,7 +217,7 @@ def quantize(
 
     updates, after = inner_update(state.inner_state)
     # With scales, the codes need a second pass, which computes the statistics again.
-    if scales := _block_scales(after, table):
+    if scales := _block_scales(after, table, state.inner_state):
       updates, after = inner_update(_read_again(state.inner_state, table, scales))
     step = state.step + was_taken(state.inner_state, after)
     stored = _store(after, table, state.key, step, scales)
@@ -314,11 +314,17 @@ def _signed_squares(inner_state) -> set[tuple]:
   return {path for path, node in nodes if is_sm3(node)}
 
 
-def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
-  """The block scales by name, of statistics whose format has scales."""
+def _block_scales(inner_state, table: Formats, before=None) -> dict[str, jax.Array]:
+  """The block scales by name, of statistics whose format has scales.
+
+  before is the stored state before them, None if there is none.
+  """
   named = pytrees.named_leaves(inner_state)
   formats = {name: x.format for name, x in table.table if x.format.has_scale}
-  return {name: _block_scale(named[name], fmt) for name, fmt in formats.items()}
+  old: dict[str, jax.Array] = {}
+  if before is not None:
+    _map_stored(lambda name, x: old.update({name: x.scale}) if name in formats else None, before)
+  return {name: _block_scale(named[name], fmt, old.get(name)) for name, fmt in formats.items()}
 
 
 def _store(inner_state, table: Formats, words, step, scales):
@@ -376,8 +382,9 @@ def _quantize(x, fmt: StateFormat, index: int, stream, scale):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _block_scale(x, fmt: StateFormat):
-  return sharded.automatic(functools.partial(state_formats.block_scale, fmt=fmt), x, x)
+def _block_scale(x, fmt: StateFormat, old=None):
+  block_scale = lambda x, old: state_formats.block_scale(x, fmt, old)
+  return sharded.automatic(block_scale, x, x, old)
 
 
 def _dequantize(stored, fmt: StateFormat):

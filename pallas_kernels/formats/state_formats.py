@@ -8,7 +8,10 @@
 - "int8": a signed integer c for the value ``scale * (c / 127)**2``, or, for a
   second moment, an unsigned c for the square root ``scale * c / 255``; rounded
   stochastically.
-- "int4": the same with codes up to 7, or 15 for a second moment, two to a byte.
+- "int4": two codes to a byte: ``scale * (c / 7)**2``, or, for the root of a second
+  moment, zero and ``scale * (c - 1/2) / 14.5``. A second moment's scale stays while
+  it is up to half an octave too large, because every change of the scale rounds all
+  codes of the block again.
 
 A block is 32 neighbours along the last axis; the last block of a row may be
 short. Its scale is its largest magnitude, rounded up to bfloat16. A sharding
@@ -120,8 +123,15 @@ class StateFormat:
 
   @property
   def top(self) -> float:
-    """The value of the largest code in steps: the code, or its square."""
-    return float(self.levels if self.is_square else self.levels**2)
+    """The value of the largest code in steps."""
+    if not self.is_square:
+      return float(self.levels**2)
+    return self.levels - 0.5 if self.is_packed else float(self.levels)
+
+  @property
+  def holds_scale(self) -> bool:
+    """True if a block keeps its scale while that is little too large."""
+    return self.is_packed and self.is_square
 
 
 class Blocks(NamedTuple):
@@ -213,13 +223,15 @@ def quantize(
   return Blocks(pack(_off_blocks(codes, x.shape), fmt), scale)
 
 
-def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
-  """The scales of float32 values [...], in the layout of ``Blocks``."""
+def block_scale(x: jax.Array, fmt: StateFormat, old: jax.Array | None = None) -> jax.Array:
+  """The scales of float32 values [...], in the layout of ``Blocks``; old are those before."""
   x_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x)
   # Each magnitude is rounded to a 16-bit scale first: XLA keeps nothing else between its two
   # passes. The maximum is over bit patterns, so it cannot drop a NaN.
   codes = scale_code(magnitude_bits(x_KxB), fmt)
   code_K = jnp.max(codes.astype(jnp.uint16), axis=-1, initial=0)
+  if old is not None:
+    code_K = held(code_K, old.reshape(code_K.shape), fmt).astype(jnp.uint16)
   scale_K = jax.lax.bitcast_convert_type(code_K, jnp.bfloat16)
   return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
 
@@ -317,6 +329,16 @@ def scale_code(magnitude, fmt: StateFormat):
   return jnp.where(magnitude > _U32(0), code, _U32(0))
 
 
+def held(code, old, fmt: StateFormat):
+  """The bit pattern of a block's scale: the old scale's if the format holds that one."""
+  if not fmt.holds_scale:
+    return code
+  code, old = code.astype(_U32), arithmetic.low_bits_of(old)
+  # 128 patterns are an octave. An infinite scale belongs to values that are not finite.
+  stays = (code <= old) & (old <= code + _U32(64)) & (old < _U32(arithmetic.F32_INF >> 16))
+  return jnp.where(stays, old, code)
+
+
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   """Values (square roots of a second moment) -> codes, on arrays or tiles of blocks."""
   # A kernel divides once a block. The select avoids 0 / 0 in a block of zeros.
@@ -330,8 +352,9 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
     )
   # Rounds up with the probability that keeps the mean.
   if fmt.is_square:  # 15 binary places and as many random bits
-    c = (_nearest(jnp.abs(ratio)) + (bits_KxB >> _U32(17))) >> _U32(15)
-    c = jnp.where(x_KxB > 0, arithmetic.most(c, _U32(1)), c)
+    half = _U32(1 << 14 if fmt.is_packed else 0)
+    c = (_nearest(jnp.abs(ratio)) + half + (bits_KxB >> _U32(17))) >> _U32(15)
+    c = jnp.where(x_KxB > 0, arithmetic.most(c, _U32(1)), _U32(0) if fmt.is_packed else c)
     return arithmetic.least(c, _U32(fmt.levels)).astype(fmt.dtype)
   # The ratio lies between c**2 and (c + 1)**2. For an exact square, c may be one too small; it is
   # then always raised.
@@ -363,7 +386,10 @@ def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):
       x = jnp.where(x == 0, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
     return x
   c = codes_KxB.astype(_I32).astype(jnp.float32)
-  c = c if fmt.is_square else c * jnp.abs(c)
+  if not fmt.is_square:
+    c = c * jnp.abs(c)
+  elif fmt.is_packed:
+    c = jnp.where(c > 0, c - jnp.float32(0.5), c)
   return c * (scale_KxB * jnp.float32(1 / fmt.top))
 
 

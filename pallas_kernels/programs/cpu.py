@@ -200,6 +200,7 @@ def _chunk(
     values[i] = _keep(jnp.sqrt(x) if f.has_scale and f.is_square else x)
     if f.has_scale:
       code = state_formats.scale_code(_largest(values[i]), f)
+      code = state_formats.held(code, statistics[i].scale[:, 0], f)
       scales.append(arithmetic.low_of(code, jnp.bfloat16))
     else:
       scales.append(None)

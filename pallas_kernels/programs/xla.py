@@ -80,8 +80,8 @@ def step_leaf(
 
   update, values = run(statistics)
   scales = [
-    state_formats.block_scale(x, f) if f.has_scale else None
-    for x, f in zip(values, statistic_formats, strict=True)
+    state_formats.block_scale(x, f, old.scale) if f.has_scale else None
+    for x, old, f in zip(values, statistics, statistic_formats, strict=True)
   ]
   # With scales, the codes need a second pass, which computes the statistics again.
   if any(scale is not None for scale in scales):
