@@ -250,6 +250,7 @@ def main():
   """Measures and prints the tables."""
   for bits in map(int, sys.argv[1:] or ("8", "4")):
     print_table(bits)
+  print_uneven()
 
 
 def print_table(bits: int):
@@ -268,6 +269,30 @@ def print_table(bits: int):
       f" | {spread:.1%} | {mu:.2f} | {root:.2f} | {beyond:.2f} | {mean:.2f} |",
       flush=True,
     )
+
+
+def print_uneven():
+  """Prints the rms error of a 4-bit mu, relative to each weight's own size.
+
+  The sizes in a block are log-normal.
+  """
+  spreads = (0, 0.5, 1, 2)
+  print("\n| 4-bit mu, stochastic |" + "".join(f" spread {x} |" for x in spreads))
+  print("| --- |" + " ---: |" * len(spreads))
+  k = jax.random.split(jax.random.key(0), 3)
+  shape = (4 * BLOCKS, BLOCK)
+  sizes, normals = (jax.random.normal(key, shape) for key in k[:2])
+  uniform = jax.random.uniform(k[2], shape)
+  laws = {"linear": power(1), "NF4": normal, "softsign": softsign, "square": power(2)}
+  for name, law in (laws | {"cube": power(3)}).items():
+    errors = []
+    for spread in spreads:
+      size = jnp.exp(spread * sizes)
+      mu = jnp.abs(size * normals)
+      levels = jnp.asarray(law(7), jnp.float32)
+      q = store(mu, scale_of(mu), levels, "stochastic", uniform, False)
+      errors.append(float(jnp.sqrt(jnp.mean(((q - mu) / size) ** 2))))
+    print(f"| {name} |" + "".join(f" {x:.0%} |" for x in errors), flush=True)
 
 
 if __name__ == "__main__":

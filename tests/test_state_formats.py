@@ -187,6 +187,21 @@ def test_bad_format(name, found):
     StateFormat(name)
 
 
+@pytest.mark.parametrize(
+  "weights, mu, nu, wanted",
+  [
+    ("bf16+0", "int8", "int4", 3.625),
+    ("bf16+8", "int8", "int4", 4.625),
+    ("bf16+0", "int4", "int4", 3.125),
+  ],
+)
+def test_bytes_of_int4(weights, mu, nu, wanted):
+  """What `memory_table` counts."""
+  tx = lowmem.adamw(1e-3, weights=weights, mu=mu, nu=nu)
+  tree = lowmem.init(tx, {"w": jnp.ones((128, 128))})
+  assert lowmem.memory_table(*tree).bytes_per_param["total"] == pytest.approx(wanted, abs=0.005)
+
+
 # Law 13. Half of every block rests after `warm` steps, over 1,024 blocks.
 
 
