@@ -126,7 +126,7 @@ CANDIDATES = [
   four("linear / half step, held", power(1), half_step, holds=True),
   four("softsign / half step, held", softsign, half_step, holds=True),
   four("square / half step, held (chosen)", power(2), half_step, holds=True),
-  four("square / square", power(2), power(2), holds=True),
+  four("square / square, held", power(2), power(2), holds=True),
 ]  # fmt: skip
 
 
