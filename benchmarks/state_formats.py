@@ -1,12 +1,15 @@
-"""The errors of Adam's statistics in candidate 8-bit formats: `python -m benchmarks.state_formats`.
+"""The errors of Adam's statistics in 8-bit and 4-bit formats: `python -m benchmarks.state_formats`.
 
 A candidate is a list of magnitudes between 0 and 1, relative to the largest in a
-block of 32: 127 magnitudes and a sign for mu, 255 for the root of nu (or for nu
-itself in some candidates). Prints the table of `docs/state_formats.md`. A row
-takes a minute or two on two cores.
+block of 32: 127 magnitudes (4 bits: 7) and a sign for mu, 255 (15) for the root of
+nu, or for nu itself in some candidates. Prints the tables of
+`docs/state_formats.md`. A row takes a minute or two on two cores. The argument 8 or
+4 prints one table.
 """
 
 import dataclasses
+import statistics
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,44 @@ def float8(n):
   return value / value[-1]
 
 
+def without_zero(n):
+  """Linear levels without a zero, as torchao's for a 4-bit nu."""
+  return np.arange(1, n + 2) / (n + 1)
+
+
+def half_step(n):
+  """Zero, and linear levels from half a step."""
+  return np.concatenate([[0], 2 * np.arange(n) + 1]) / (2 * n - 1)
+
+
+def dynamic(n):
+  """Bitsandbytes' dynamic map: decades, each with twice the levels of the one below."""
+  decades = int(np.log2(n + 1))
+  edges = [np.linspace(0.1, 1, 2**i + 1) * 10.0 ** (i + 1 - decades) for i in range(decades)]
+  return np.concatenate([[0], *((x[1:] + x[:-1]) / 2 for x in edges), [1]])
+
+
+def dynamic_below(n):
+  """The magnitudes of the dynamic map's negative levels: -1 has no code."""
+  return dynamic(n)[:-1]
+
+
+def normal(n):
+  """NF4's positive levels: quantiles of a normal distribution, 8 of them beside zero."""
+  return _quantiles(n + 1)
+
+
+def normal_negative(n):
+  """The magnitudes of NF4's negative levels, 7 of them beside zero."""
+  return _quantiles(n)
+
+
+def _quantiles(n):
+  share = np.linspace(0.5, 0.9677083, n + 1)
+  value = np.array([statistics.NormalDist().inv_cdf(x) for x in share])
+  return value / value[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
   """The levels of mu and of nu (or its root), and the rounding to them."""
@@ -52,6 +93,14 @@ class Candidate:
   rounding: str = "stochastic"
   nu_by_root: bool = True
   never_zero: bool = True  # a positive nu keeps the smallest magnitude
+  bits: int = 8
+  mu_below: object = None  # the levels of a negative mu, if they differ
+  holds: bool = False  # the scale of nu stays while it is up to half an octave too large
+
+
+def four(*args, **kwargs):
+  """A candidate of 4 bits."""
+  return Candidate(*args, **kwargs, bits=4)
 
 
 CANDIDATES = [
@@ -66,15 +115,33 @@ CANDIDATES = [
   Candidate("fourth power", power(4), power(4)),
   Candidate("logarithmic, 2^-16", logarithmic, logarithmic),
   Candidate("float8", float8, float8),
-]
+  four(
+    "dynamic / linear, nu itself, no 0", dynamic, without_zero, "nearest", False,
+    mu_below=dynamic_below,
+  ),
+  four("NF4 / linear", normal, power(1), "nearest", mu_below=normal_negative),
+  four("NF4 / linear", normal, power(1), mu_below=normal_negative),
+  four("NF4 / linear, held", normal, power(1), mu_below=normal_negative, holds=True),
+  four("NF4 / half step, held", normal, half_step, mu_below=normal_negative, holds=True),
+  four("linear / half step, held", power(1), half_step, holds=True),
+  four("softsign / half step, held", softsign, half_step, holds=True),
+  four("square / half step, held (chosen)", power(2), half_step, holds=True),
+  four("square / square, held", power(2), power(2), holds=True),
+]  # fmt: skip
 
 
-def store(x, levels, rounding, uniform, never_zero):
+def scale_of(x, old=None):
+  """The largest of a block, rounded up to bfloat16; the old scale while it is close above."""
+  bits = jax.lax.bitcast_convert_type(jnp.max(x, axis=-1, keepdims=True), jnp.uint32)
+  bits = (bits + jnp.uint32(0xFFFF)) >> 16
+  if old is not None:
+    old = jax.lax.bitcast_convert_type(old, jnp.uint32) >> 16
+    bits = jnp.where((bits <= old) & (old <= bits + 64), old, bits)
+  return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
+
+
+def store(x, scale, levels, rounding, uniform, never_zero):
   """Rounds non-negative x [K, B] to a block's levels and back."""
-  scale = jnp.max(x, axis=-1, keepdims=True)
-  bits = jax.lax.bitcast_convert_type(scale, jnp.uint32)  # rounded up to bfloat16
-  bits = (bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
-  scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
   ratio = jnp.where(scale > 0, x / jnp.where(scale > 0, scale, 1), 0)
   i = jnp.clip(jnp.searchsorted(levels, ratio, side="right") - 1, 0, len(levels) - 2)
   low, high = levels[i], levels[i + 1]
@@ -85,14 +152,21 @@ def store(x, levels, rounding, uniform, never_zero):
   return y * scale
 
 
-def stored_moments(mu, nu, c: Candidate, key):
-  """Both moments after a round trip through their formats."""
+def stored_moments(mu, nu, c: Candidate, key, old):
+  """Both moments after a round trip through their formats, and the scale of nu."""
   u = jax.random.uniform(key, (2, *mu.shape))
-  levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, 127), (c.nu, 255))]
-  mu = jnp.sign(mu) * store(jnp.abs(mu), levels[0], c.rounding, u[0], False)
+  most = 2 ** (c.bits - 1) - 1
+  levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, most), (c.nu, 2 * most + 1))]
+  args = jnp.abs(mu), scale_of(jnp.abs(mu))
+  size = store(*args, levels[0], c.rounding, u[0], False)
+  if c.mu_below is not None:
+    below = jnp.asarray(c.mu_below(most), jnp.float32)
+    size = jnp.where(mu < 0, store(*args, below, c.rounding, u[0], False), size)
+  mu = jnp.sign(mu) * size
   root = jnp.sqrt(nu) if c.nu_by_root else nu
-  root = store(root, levels[1], c.rounding, u[1], c.never_zero)
-  return mu, root**2 if c.nu_by_root else root
+  scale = scale_of(root, old if c.holds else None)
+  root = store(root, scale, levels[1], c.rounding, u[1], c.never_zero)
+  return mu, root**2 if c.nu_by_root else root, scale
 
 
 def one_shot(c: Candidate):
@@ -106,10 +180,11 @@ def one_shot(c: Candidate):
   k = jax.random.split(jax.random.key(0), 4)
   shape = (BLOCKS, BLOCK)
   mu = jax.random.normal(k[0], shape)
-  q, _ = stored_moments(mu, mu**2, c, k[1])
+  none = jnp.zeros((BLOCKS, 1))
+  q, *_ = stored_moments(mu, mu**2, c, k[1], none)
   noise = float(jnp.sqrt(jnp.mean((q - mu) ** 2) / jnp.mean(mu**2)))
   mu = jnp.exp(2 * jax.random.normal(k[2], shape))
-  q, nu = stored_moments(mu, mu**2, c, k[3])
+  q, nu, _ = stored_moments(mu, mu**2, c, k[3], none)
   lost = float(jnp.mean((nu == 0) & (mu != 0)))
   off = float(jnp.mean(jnp.abs(jnp.log2(jnp.sqrt(nu) / mu)) >= 1))
   return noise, lost, off
@@ -126,8 +201,8 @@ def idle(c: Candidate):
   Returns:
     For the active half, the mean ratio of the stored root of nu to the exact one
     (1 + bias) and its standard deviation. For the idle half, the mean |mu| and the
-    mean root relative to the exact ones, when those reach 1/64 of the block's
-    largest. For its displacement, the largest error beyond 10% of exact Adam's, in
+    mean root relative to the exact ones, when those reach 1/64 (4 bits: 1/8) of the
+    block's largest. For its displacement, the largest error beyond 10% of exact Adam's, in
     units of the learning rate, and the mean relative to exact Adam's.
   """
   shape = (BLOCKS, BLOCK)
@@ -135,7 +210,7 @@ def idle(c: Candidate):
   zeros = jnp.zeros(shape)
 
   def body(carry, t):
-    mu, nu, mu_x, nu_x, d, d_x = carry
+    mu, nu, scale, mu_x, nu_x, d, d_x = carry
     k = jax.random.split(jax.random.fold_in(jax.random.key(1), t))
     g = jax.random.normal(k[0], shape)
     g = jnp.where(resting & (t >= WARM), 0, g)
@@ -148,16 +223,17 @@ def idle(c: Candidate):
 
     d = d + jnp.where(t >= WARM, update(mu, nu), 0)
     d_x = d_x + jnp.where(t >= WARM, update(mu_x, nu_x), 0)
-    mu, nu = stored_moments(mu, nu, c, k[1])
+    mu, nu, scale = stored_moments(mu, nu, c, k[1], scale)
     rows = [jnp.abs(mu), jnp.sqrt(nu), jnp.abs(mu_x), jnp.sqrt(nu_x)]
     sums = [jnp.mean(r[:, ::2]) for r in rows] + [jnp.mean(jnp.max(r, -1)) for r in rows[2:]]
     ratio = jnp.sqrt(nu / nu_x)[:, 1::2]
-    return (mu, nu, mu_x, nu_x, d, d_x), (*sums, jnp.mean(ratio), jnp.std(ratio))
+    return (mu, nu, scale, mu_x, nu_x, d, d_x), (*sums, jnp.mean(ratio), jnp.std(ratio))
 
   scan = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(WARM + STEPS)))
-  (*_, d, d_x), trace = scan((zeros,) * 6)
+  (*_, d, d_x), trace = scan((zeros, zeros, zeros[:, :1], *(zeros,) * 4))
   mu, root, mu_x, root_x, mu_top, root_top, bias, spread = (np.asarray(x)[WARM:] for x in trace)
-  at = [int(np.sum(x * 64 >= top)) - 1 for x, top in ((mu_x, mu_top), (root_x, root_top))]
+  part = 64 if c.bits == 8 else 8
+  at = [int(np.sum(x * part >= top)) - 1 for x, top in ((mu_x, mu_top), (root_x, root_top))]
   d, d_x = np.asarray(d)[:, ::2], np.asarray(d_x)[:, ::2]
   beyond = np.max(np.abs(d - d_x) - 0.1 * np.abs(d_x))
   return (
@@ -171,14 +247,21 @@ def idle(c: Candidate):
 
 
 def main():
-  """Measures and prints the table."""
+  """Measures and prints the tables."""
+  for bits in map(int, sys.argv[1:] or ("8", "4")):
+    print_table(bits)
+  print_uneven()
+
+
+def print_table(bits: int):
+  """Measures and prints the table of candidates of 8 or of 4 bits."""
   print(
     "| mu / root of nu | rounding | Gaussian: error of mu | log-normal: nu = 0, mu not"
-    " | root off 2x | active root: mean | std | idle at 1/64: mu | root"
+    f" | root off 2x | active root: mean | std | idle at 1/{64 if bits == 8 else 8}: mu | root"
     " | displacement: beyond 10%, lr | mean |"
   )
   print("| --- | --- |" + " ---: |" * 9)
-  for c in CANDIDATES:
+  for c in (c for c in CANDIDATES if c.bits == bits):
     noise, lost, off = one_shot(c)
     bias, spread, mu, root, beyond, mean = idle(c)
     print(
@@ -186,6 +269,30 @@ def main():
       f" | {spread:.1%} | {mu:.2f} | {root:.2f} | {beyond:.2f} | {mean:.2f} |",
       flush=True,
     )
+
+
+def print_uneven():
+  """Prints the rms error of a 4-bit mu, relative to each weight's own size.
+
+  The sizes in a block are log-normal.
+  """
+  spreads = (0, 0.5, 1, 2)
+  print("\n| 4-bit mu, stochastic |" + "".join(f" spread {x} |" for x in spreads))
+  print("| --- |" + " ---: |" * len(spreads))
+  k = jax.random.split(jax.random.key(0), 3)
+  shape = (4 * BLOCKS, BLOCK)
+  sizes, normals = (jax.random.normal(key, shape) for key in k[:2])
+  uniform = jax.random.uniform(k[2], shape)
+  laws = {"linear": power(1), "NF4": normal, "softsign": softsign, "square": power(2)}
+  for name, law in (laws | {"cube": power(3)}).items():
+    errors = []
+    for spread in spreads:
+      size = jnp.exp(spread * sizes)
+      mu = jnp.abs(size * normals)
+      levels = jnp.asarray(law(7), jnp.float32)
+      q = store(mu, scale_of(mu), levels, "stochastic", uniform, False)
+      errors.append(float(jnp.sqrt(jnp.mean(((q - mu) / size) ** 2))))
+    print(f"| {name} |" + "".join(f" {x:.0%} |" for x in errors), flush=True)
 
 
 if __name__ == "__main__":

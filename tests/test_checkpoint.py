@@ -30,6 +30,7 @@ MAKERS = {
   "bf16+8": lambda: lowmem.adamw(1e-2),
   "fp16+13": lambda: lowmem.adam(1e-2, weights="fp16+13", mu="fp16", nu="bf16", key=7),
   "bf16+0": lambda: lowmem.lion(1e-3, weights="bf16+0"),
+  "int4": lambda: lowmem.adamw(1e-2, mu="int4", nu="int4"),
   "scaled": lambda: lowmem.dynamic_loss_scale(
     lowmem.adamw(optax.cosine_decay_schedule(1e-2, 9), weights=FP32_NORMS), growth_interval=2
   ),

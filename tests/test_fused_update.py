@@ -6,6 +6,7 @@ import math
 from conftest import assert_trees_equal
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 import jax.export
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,7 @@ STATISTICS = {
   "fp16": (StateFormat("fp16"), StateFormat("fp16", is_square=True)),
   "mixed": (StateFormat("bf16"), StateFormat("int8", is_square=True)),
 }
+INT4 = (StateFormat("int4"), StateFormat("int4", is_square=True))
 
 
 def adam(g, w, values):
@@ -145,12 +147,12 @@ def test_kernel_any_gradient(dtype):
   assert_close(step([leaf], "mosaic_gpu")[0], plain(leaf), leaf)
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("statistics", [*STATISTICS, "int4"])
 @pytest.mark.parametrize("fmt", ["bf16+0", "bf16+8", "bf16+16", "fp16+8"])
 def test_chunks(fmt, statistics, monkeypatch):
   """On a CPU: several chunks and a shorter last one, in a loop; plain XLA's bits."""
   monkeypatch.setattr(cpu, "CHUNK", 5)
-  formats = STATISTICS[statistics]
+  formats = (STATISTICS | {"int4": INT4})[statistics]
   leaf = make_leaf((13, 64), fmt, formats)
   assert cpu.chunk_rows(26, 1) == [5, 1]
   assert_trees_equal(step([leaf], None, fmt, formats)[0], plain(leaf, fmt, formats))
@@ -165,6 +167,28 @@ def test_chunks_of_short_rows(shape, fmt, monkeypatch):
   monkeypatch.setattr(cpu, "CHUNK", 5)
   leaf = make_leaf(shape, fmt)
   assert_trees_equal(step([leaf], None, fmt)[0], plain(leaf, fmt))
+
+
+@pytest.mark.parametrize(
+  "n, fmt", [(1, "bf16+0"), (16, "bf16+0"), (33, "bf16+8"), (50, "bf16+0"), (64, "bf16+4")]
+)
+def test_chunks_of_packed_codes(n, fmt, monkeypatch):
+  """Rows that end within a byte or a block; or are as long as packed codes are (16)."""
+  monkeypatch.setattr(cpu, "CHUNK", 5)
+  leaf = make_leaf((13, n), fmt, INT4)
+  assert_trees_equal(step([leaf], None, fmt, INT4)[0], plain(leaf, fmt, INT4))
+
+
+@pytest.mark.parametrize("index", [None, 1])
+def test_packed_codes_joined(index):
+  """Leaves whose rows end within a byte or a block, in one pool: what each gets alone."""
+  shapes = [(2, 5, 33), (2, 3, 1), (2, 3, 64), (2, 7, 31), (2, 4, 2)] + [()] * (index is None)
+  leaves = [make_leaf(shape, "bf16+8", INT4, seed=i) for i, shape in enumerate(shapes)]
+  if index is not None:
+    leaves = [x._replace(gradient=x.gradient[index]) for x in leaves]
+  together = step(leaves, None, statistic_formats=INT4, index=index)
+  alone = [step([x], "xla", statistic_formats=INT4, index=index)[0] for x in leaves]
+  assert_trees_equal(together, alone)
 
 
 def test_extreme_gradients():
@@ -386,6 +410,14 @@ def test_bad_input():
     fp32 = (StateFormat("fp32"), StateFormat("fp32"))
     with pytest.raises(ValueError, match='statistics in "bf16"'):
       call(*args[:3], values, "bf16+8", fp32, implementation="mosaic_gpu")
+  with pytest.raises(ValueError, match=r"'int4' of shape \(4, 32\).*\(4, 16\).*uint8"):
+    call(*args, "bf16+8", INT4)
+  values = make_leaf((4, 32), statistic_formats=INT4).statistics
+  for kernel, mode in (
+    ("mosaic_gpu", plgpu.force_gpu_interpret_mode), ("mosaic_tpu", pltpu.force_tpu_interpret_mode),
+  ):  # fmt: skip
+    with mode(), pytest.raises(ValueError, match=f'"{kernel}" takes statistics.*"int8"; "xla"'):
+      call(*args[:3], values, "bf16+8", INT4, implementation=kernel)
 
 
 def test_rules_close_over_scalars():

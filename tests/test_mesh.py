@@ -90,6 +90,7 @@ def on_one_device(name, table_name, how):
 OPTIMIZERS = {
   "adamw": lambda: lowmem.adamw(1e-2, weight_decay=0.1),
   "adamw packed": lambda: lowmem.adamw(1e-2, weights="bf16+5", mu="bf16", nu="fp16"),
+  "adamw int4": lambda: lowmem.adamw(1e-2, weights="bf16+0", mu="int4", nu="int4"),
   "lion exact": lambda: lowmem.lion(1e-2, weights="bf16+16"),
   "sgd stochastic": lambda: lowmem.sgd(0.1, 0.9, weights="bf16+0", accumulator="fp16"),
   "adam fp16": lambda: lowmem.adam(1e-2, weights="fp16+13"),
@@ -105,6 +106,9 @@ OPTIMIZERS = {
     ("adamw", (4, 2), EXPLICIT, lowmem.step),
     pytest.param("adamw", (2, 2), EXPLICIT, updated, marks=THOROUGH),
     ("adamw packed", (2, 1), AUTO, lowmem.step),
+    ("adamw int4", (4, 2), AUTO, updated),
+    ("adamw int4", (4, 2), EXPLICIT, lowmem.step),
+    ("adamw int4", (2, 2), EXPLICIT, updated),
     pytest.param("adamw packed", (4, 2), EXPLICIT, updated, marks=THOROUGH),
     pytest.param("lion exact", (8, 1), EXPLICIT, lowmem.step, marks=THOROUGH),
     ("sgd stochastic", (2, 2), AUTO, lowmem.step),
@@ -223,6 +227,8 @@ def test_statistics_may_be_cut_where_weights_are_not(calls_on_shards):
     pytest.param("adamw packed", False, EXPLICIT, marks=THOROUGH),
     ("adamw", True, AUTO),
     ("adamw", True, EXPLICIT),
+    ("adamw int4", True, AUTO),
+    ("adamw int4", True, EXPLICIT),
     ("wrapped", True, AUTO),
   ],
 )

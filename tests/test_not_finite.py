@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_fused_update import STATISTICS, adam, bound, make_leaf, step
+from test_fused_update import INT4, STATISTICS, adam, bound, make_leaf, step
 
 import optax_lowmem as lowmem
 from pallas_kernels.formats import arithmetic, state_formats
@@ -69,17 +69,20 @@ CASES = [
   (lion, "bf16+8", "int8"),
   (momentum, "bf16+8", "fp16"),
 ]
+# No kernel takes "int4".
+EVERY = [(program, *case) for program in ("plain", "stack", "chunk", "chunks") for case in
+         [*CASES, (adam, "bf16+0", "int4")]] + [("kernel", *case) for case in CASES]  # fmt: skip
 
 
-@pytest.mark.parametrize("program", ["plain", "stack", "chunk", "chunks", "kernel"])
-@pytest.mark.parametrize("rule, fmt, name", CASES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("program, rule, fmt, name", EVERY, ids=lambda x: getattr(x, "__name__", x))
 def test_programs(program, rule, fmt, name, monkeypatch):
   """One gradient that is not finite, then finite ones."""
   if program == "chunks":
     monkeypatch.setattr(cpu, "CHUNK", 50)
     assert math.prod(SHAPE) // BLOCK > 2 * cpu.CHUNK
-  leaf = make_leaf(SHAPE, fmt, STATISTICS[name])
-  formats = STATISTICS[name][: 2 if rule is adam else 1]
+  formats = (STATISTICS | {"int4": INT4})[name]
+  leaf = make_leaf(SHAPE, fmt, formats)
+  formats = formats[: 2 if rule is adam else 1]
   leaf = leaf._replace(statistics=leaf.statistics[: len(formats)])
   good = leaf.gradient
   bad = jnp.where(IS_BAD, jnp.asarray(VALUES, good.dtype), good)
@@ -100,6 +103,7 @@ def test_programs(program, rule, fmt, name, monkeypatch):
 
 OPTIMIZERS = {
   "adamw int8": lambda **how: lowmem.adamw(1e-3, **how),
+  "adamw int4": lambda **how: lowmem.adamw(1e-3, mu="int4", nu="int4", **how),
   "adamw fp16": lambda **how: lowmem.adamw(1e-3, mu="fp16", nu="fp16", **how),
   "adamw bf16": lambda **how: lowmem.adamw(1e-3, mu="bf16", nu="bf16", **how),
   "adamw fp32": lambda **how: lowmem.adamw(1e-3, mu="fp32", nu="fp32", **how),

@@ -28,7 +28,7 @@ EXAMPLES = settings(
 )
 SHAPES = [(), (0,), (3,), (2, 33), (4, 64)]
 FORMATS = ["bf16+8", "bf16+16", "bf16+0", "fp16+8", "fp16+5", "bf16+11", "fp32"]
-STATES = ["fp32", "bf16", "fp16", "int8"]
+STATES = ["fp32", "bf16", "fp16", "int8", "int4"]
 
 leaves = st.one_of(
   st.builds(lambda shape: ("float", shape), st.sampled_from(SHAPES)),

@@ -148,10 +148,15 @@ def test_law_15_declared_elementwise(name):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-  "fmt, moments", [("bf16+0", "bf16"), ("bf16+16", "fp32"), ("fp16+8", "fp16"), ("bf16+5", "int8")]
+  "fmt, moments",
+  [("bf16+0", "bf16"), ("bf16+16", "fp32"), ("fp16+8", "fp16"), ("bf16+5", "int8")],
 )
 def test_law_15_formats(fmt, moments):
   check_same(lowmem.adamw(1e-2, weights=fmt, mu=moments, nu=moments), count=2)
+
+
+def test_law_15_int4():
+  check_same(lowmem.adamw(1e-2, weights="bf16+0", mu="int4", nu="int4"), count=2)
 
 
 def test_it_is_released():

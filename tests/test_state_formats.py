@@ -59,7 +59,7 @@ def test_shapes(fmt, shape):
   y = state_formats.dequantize(stored, fmt)
   chex.assert_shape(y, shape)
   chex.assert_type(y, jnp.float32)
-  tolerance = {"fp32": 0, "bf16": 2**-7, "fp16": 2**-9, "int8": 0.05}[fmt.name]
+  tolerance = {"fp32": 0, "bf16": 2**-7, "fp16": 2**-9, "int8": 0.05, "int4": 0.1}[fmt.name]
   top = np.max(np.abs(x), initial=0)
   np.testing.assert_allclose(np.sqrt(np.abs(y)), np.sqrt(np.abs(x)), atol=3 * tolerance * top + 0)
 
@@ -70,7 +70,7 @@ def test_blocks_do_not_depend_on_what_stands_around(fmt):
   x, bits = sample((6, 128), fmt), draw(3, (6, 128))
   whole = state_formats.quantize(x, fmt, bits)
   part = state_formats.quantize(x[2:5, 32:96], fmt, bits[2:5, 32:96])
-  assert_trees_equal(part.codes, whole.codes[2:5, 32:96])
+  assert_trees_equal(part.codes, whole.codes[2:5, fmt.in_block : 3 * fmt.in_block])
   assert_trees_equal(part.scale, whole.scale[2:5, 1:3])
 
 
@@ -79,6 +79,8 @@ def test_rounding_is_unbiased(fmt):
   """The mean of what is stored (of its root, for scaled squares) is the value: within 5 SE."""
   n = 4096
   x = jnp.tile(sample((1, BLOCK), fmt, seed=5) * 0.37, (n, 1))
+  if fmt.is_square and fmt.is_packed:  # a root below the smallest code becomes that code
+    x = jnp.maximum(x, jnp.max(x) / 28**2)
   y = store_and_load(x, fmt)
   if fmt.is_square and fmt.has_scale:
     x, y = jnp.sqrt(x), jnp.sqrt(y)
@@ -124,18 +126,20 @@ def test_range(fmt, size):
   x = jnp.abs(sample((64, BLOCK), StateFormat(fmt.name))) + 0.1
   factor = np.float32(size) ** 2 * np.float32(1e-3) if fmt.is_square else np.float32(size)
   y = store_and_load(x * factor, fmt)
-  np.testing.assert_allclose(np.asarray(y) / factor, x, rtol=0.5 if fmt.name == "int8" else 0.02)
+  rtol, atol = {"int8": (0.5, 0), "int4": (0, 0.3 * np.max(x))}.get(fmt.name, (0.02, 0))
+  np.testing.assert_allclose(np.asarray(y) / factor, x, rtol=rtol, atol=atol)
 
 
-def test_extreme_blocks():
+@pytest.mark.parametrize("name, rtol", [("int8", 0.05), ("int4", 0.4)])
+def test_extreme_blocks(name, rtol):
   """The largest float32 values, subnormals, and all magnitudes at once: finite, in order."""
-  fmt = StateFormat("int8")
+  fmt = StateFormat(name)
   for top in (3.4028235e38, 3.39e38, 1e-37, 1e-42, 1.4e-45):
     x = jnp.full((1, BLOCK), top, jnp.float32).at[0, 1:].multiply(0.5)
     y = store_and_load(x, fmt)
     chex.assert_tree_all_finite(y)
     if top > 1e-37:
-      np.testing.assert_allclose(y, x, rtol=0.05)
+      np.testing.assert_allclose(y, x, rtol=rtol)
 
 
 @pytest.mark.parametrize("fmt", SCALED, ids=ids)
@@ -148,21 +152,71 @@ def test_non_finite_values_are_seen(fmt, bad):
   chex.assert_tree_all_finite(y[[0, 1, 3]])
 
 
-def test_bad_format():
-  with pytest.raises(ValueError, match="int4"):
-    StateFormat("int4")
+@pytest.mark.parametrize("is_square", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33])
+def test_packing(n, is_square):
+  """Every code comes back; neighbours share a byte, the first in its lower half."""
+  fmt = StateFormat("int4", is_square)
+  codes = jnp.arange(2 * n).reshape(2, n) % (2 * fmt.levels + 1 - fmt.levels * is_square)
+  codes = (codes - (0 if is_square else fmt.levels)).astype(fmt.dtype)
+  stored = state_formats.pack(codes, fmt)
+  assert stored.dtype == (jnp.int8 if n % 2 else jnp.uint8)  # it alone tells n from n + 1
+  assert_trees_equal(state_formats.unpack(stored, fmt), codes)
+  byte, c = np.asarray(stored).view(np.uint8), np.asarray(codes).view(np.uint8) & 0xF
+  np.testing.assert_array_equal(byte & 0xF, c[:, ::2])
+  np.testing.assert_array_equal((byte >> 4)[:, : n // 2], c[:, 1::2])
+  assert n % 2 == 0 or np.all(byte[:, -1] >> 4 == 0)
+
+
+@pytest.mark.parametrize("fmt", SCALED, ids=ids)
+@pytest.mark.parametrize("shape", [(), (3, 0), (31,), (5, 33), (4, 100)], ids=str)
+def test_a_second_read_and_zeros(fmt, shape):
+  """`read_again` changes nothing; `zeros_like` has what `quantize` stores of zeros."""
+  x = sample(shape, fmt)
+  stored = state_formats.quantize(x, fmt, draw(0, shape))
+  assert_trees_equal(state_formats.read_again(stored, stored.scale, fmt), stored)
+  zeros = state_formats.quantize(jnp.zeros(shape), fmt, draw(0, shape))
+  assert_trees_equal(state_formats.zeros_like(x, fmt), zeros)
+
+
+@pytest.mark.parametrize(
+  "name, found", [("int2", "int2"), (jnp.int8, 'Write "int8"'), (jnp.dtype("int4"), 'Write "int4"')]
+)
+def test_bad_format(name, found):
+  with pytest.raises(ValueError, match=found):
+    StateFormat(name)
+
+
+@pytest.mark.parametrize(
+  "weights, mu, nu, wanted",
+  [
+    ("bf16+0", "int8", "int4", 3.625),
+    ("bf16+8", "int8", "int4", 4.625),
+    ("bf16+0", "int4", "int4", 3.125),
+  ],
+)
+def test_bytes_of_int4(weights, mu, nu, wanted):
+  """What `memory_table` counts."""
+  tx = lowmem.adamw(1e-3, weights=weights, mu=mu, nu=nu)
+  tree = lowmem.init(tx, {"w": jnp.ones((128, 128))})
+  assert lowmem.memory_table(*tree).bytes_per_param["total"] == pytest.approx(wanted, abs=0.005)
 
 
 # Law 13. Half of every block rests after `warm` steps, over 1,024 blocks.
 
 
 @pytest.mark.parametrize(
-  "name, warm, size",
-  [("int8", 500, 1.0), pytest.param("fp16", 100, 1e-9, marks=pytest.mark.thorough)],
+  "name, warm, size, steps, part, rtol",
+  [
+    ("int8", 500, 1.0, 20_000, 64, 0.1),
+    ("int4", 500, 1.0, 8_000, 8, 0.15),
+    pytest.param("int4", 2000, 1e15, 8_000, 8, 0.15, marks=pytest.mark.thorough),
+    pytest.param("fp16", 100, 1e-9, 20_000, 64, 0.1, marks=pytest.mark.thorough),
+  ],
 )
-def test_idle_weights(name, warm, size):
+def test_idle_weights(name, warm, size, steps, part, rtol):
   """Law 13: averages that get no more gradients follow the exact ones; weights stand still."""
-  steps, shape = 20_000, (1024, BLOCK)
+  shape = (1024, BLOCK)
   resting = jnp.arange(BLOCK) % 2 == 0
   exact_tx = optax.scale_by_adam(eps=0.0)
   tx = lowmem.scale_by_adam(eps=0.0, mu=name, nu=name)
@@ -193,8 +247,11 @@ def test_idle_weights(name, warm, size):
   assert int(jnp.sum(lost)) == 0
   for i in (0, 2):  # mean |mu|, mean sqrt(nu)
     mean, top = np.asarray(wanted[i])[warm:], np.asarray(wanted[i + 1])[warm:]
-    near = mean >= top / 64
-    assert near.sum() > 20
-    np.testing.assert_allclose(np.asarray(found[i])[warm:][near], mean[near], rtol=0.1)
+    near = mean >= top / part
+    assert near.sum() >= 10
+    np.testing.assert_allclose(np.asarray(found[i])[warm:][near], mean[near], rtol=rtol)
+  if name == "int4":  # it goes on falling: here, to twice the smallest root of a block
+    assert found[2][-1] < 2 * found[3][-1] / 29
+    return
   moved, exactly = np.asarray(moved)[:, ::2], np.asarray(exactly)[:, ::2]
   assert np.all(np.abs(moved - exactly) <= 0.1 * np.abs(exactly) + 1.0)

@@ -92,8 +92,8 @@ def muon(
     consistent_rms: scales updates by ``sqrt(max(fan_in, fan_out)) * consistent_rms``
       instead of ``sqrt(max(1, fan_out / fan_in))``.
     weights: as in :func:`optax_lowmem.adamw`.
-    mu: the format of Muon's momentum: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
-      ``"int8"``.
+    mu: the format of Muon's momentum: ``"fp32"``, ``"bf16"``, ``"fp16"``,
+      ``"int8"`` or ``"int4"``.
     adam_mu: the format of AdamW's first moment.
     adam_nu: the format of AdamW's second moment.
     key: as in :func:`optax_lowmem.adamw`.

@@ -56,8 +56,8 @@ def adamw(
       one.
     nesterov: whether to use Nesterov momentum.
     weights: the formats of the weights, as in :func:`optax_lowmem.delta_bits`.
-    mu: the format of the first moment: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
-      ``"int8"``.
+    mu: the format of the first moment: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"``
+      or ``"int4"``.
     nu: the format of the second moment.
     key: an integer seed or a ``jax.random`` key for stochastic rounding.
     update_dtype: the dtype of the updates, as in :func:`optax_lowmem.delta_bits`.
@@ -198,8 +198,8 @@ def lion(
     weight_decay: decoupled weight decay, multiplied by the learning rate.
     mask: as in :func:`optax_lowmem.adamw`.
     weights: as in :func:`optax_lowmem.adamw`.
-    mu: the format of the momentum: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
-      ``"int8"``.
+    mu: the format of the momentum: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"``
+      or ``"int4"``.
     key: as in :func:`optax_lowmem.adamw`.
     update_dtype: as in :func:`optax_lowmem.adamw`.
     implementation: as in :func:`optax_lowmem.adamw`.
@@ -260,8 +260,8 @@ def sgd(
     accumulator_dtype: Optax's dtype for the accumulator, instead of
       ``accumulator``.
     weights: as in :func:`optax_lowmem.adamw`.
-    accumulator: the format of the accumulator: ``"fp32"``, ``"bf16"``, ``"fp16"``
-      or ``"int8"``.
+    accumulator: the format of the accumulator: ``"fp32"``, ``"bf16"``, ``"fp16"``,
+      ``"int8"`` or ``"int4"``.
     key: as in :func:`optax_lowmem.adamw`.
     update_dtype: as in :func:`optax_lowmem.adamw`.
     implementation: as in :func:`optax_lowmem.adamw`.

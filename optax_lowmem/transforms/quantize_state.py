@@ -1,4 +1,4 @@
-"""quantize_state: stores the statistics of any transformation in 16 or 8 bits."""
+"""quantize_state: stores the statistics of any transformation in 16, 8 or 4 bits."""
 
 from collections.abc import Collection, Mapping
 import functools
@@ -41,7 +41,7 @@ def quantize_state(
   key: jax.typing.ArrayLike = 0,
   elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-  """Stores the statistics of any Optax transformation in 16 or 8 bits between steps.
+  """Stores the statistics of any Optax transformation in 16, 8 or 4 bits between steps.
 
   A statistic is an array in inner's state that has the path and the shape of a
   parameter, in a field like ``mu``, ``nu`` or ``trace``. inner sees its statistics
@@ -51,8 +51,8 @@ def quantize_state(
 
   Args:
     inner: the transformation to wrap.
-    formats: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"`` for each named field
-      of inner's state; by default ``{"mu": "int8", "nu": "int8"}``.
+    formats: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"`` or ``"int4"`` for each
+      named field of inner's state; by default ``{"mu": "int8", "nu": "int8"}``.
     default: the format of every other field.
     key: an integer seed or a ``jax.random`` key for stochastic rounding.
     elementwise: declares that the update of an element depends only on that
@@ -99,7 +99,7 @@ def scale_by_adam(
   nu: state_formats.Name = "int8",
   key: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """``optax.scale_by_adam`` with moments in 16 or 8 bits, as a member of a chain.
+  """``optax.scale_by_adam`` with moments in 16, 8 or 4 bits, as a member of a chain.
 
   Args:
     b1: decay rate of the first moment.
@@ -108,8 +108,8 @@ def scale_by_adam(
     eps_root: added to the second moment under the square root.
     mu_dtype: Optax's dtype for the first moment, instead of ``mu``.
     nesterov: whether to use Nesterov momentum.
-    mu: the format of the first moment: ``"fp32"``, ``"bf16"``, ``"fp16"`` or
-      ``"int8"``.
+    mu: the format of the first moment: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"``
+      or ``"int4"``.
     nu: the format of the second moment.
     key: an integer seed or a ``jax.random`` key for stochastic rounding.
 
@@ -217,8 +217,8 @@ def quantize(
 
     updates, after = inner_update(state.inner_state)
     # With scales, the codes need a second pass, which computes the statistics again.
-    if scales := _block_scales(after, table):
-      updates, after = inner_update(_read_again(state.inner_state, scales))
+    if scales := _block_scales(after, table, state.inner_state):
+      updates, after = inner_update(_read_again(state.inner_state, table, scales))
     step = state.step + was_taken(state.inner_state, after)
     stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(table, step, state.key, stored)
@@ -314,11 +314,17 @@ def _signed_squares(inner_state) -> set[tuple]:
   return {path for path, node in nodes if is_sm3(node)}
 
 
-def _block_scales(inner_state, table: Formats) -> dict[str, jax.Array]:
-  """The block scales by name, of statistics whose format has scales."""
+def _block_scales(inner_state, table: Formats, before=None) -> dict[str, jax.Array]:
+  """The block scales by name, of statistics whose format has scales.
+
+  before is the stored state before them, None if there is none.
+  """
   named = pytrees.named_leaves(inner_state)
   formats = {name: x.format for name, x in table.table if x.format.has_scale}
-  return {name: _block_scale(named[name], fmt) for name, fmt in formats.items()}
+  old: dict[str, jax.Array] = {}
+  if before is not None:
+    _map_stored(lambda name, x: old.update({name: x.scale}) if name in formats else None, before)
+  return {name: _block_scale(named[name], fmt, old.get(name)) for name, fmt in formats.items()}
 
 
 def _store(inner_state, table: Formats, words, step, scales):
@@ -345,13 +351,14 @@ def _load(inner_state, table: Formats):
   return _map_stored(load, inner_state)
 
 
-def _read_again(inner_state, scales):
+def _read_again(inner_state, table: Formats, scales):
   """The stored state for a second pass; see ``state_formats.read_again``."""
 
   def again(name, x):
     if name not in scales:
       return x
-    return sharded.automatic(state_formats.read_again, x.codes, x, scales[name])
+    read = functools.partial(state_formats.read_again, fmt=table.by_name[name].format)
+    return sharded.automatic(read, x.codes, x, scales[name])
 
   return _map_stored(again, inner_state)
 
@@ -375,8 +382,9 @@ def _quantize(x, fmt: StateFormat, index: int, stream, scale):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _block_scale(x, fmt: StateFormat):
-  return sharded.automatic(functools.partial(state_formats.block_scale, fmt=fmt), x, x)
+def _block_scale(x, fmt: StateFormat, old=None):
+  block_scale = lambda x, old: state_formats.block_scale(x, fmt, old)
+  return sharded.automatic(block_scale, x, x, old)
 
 
 def _dequantize(stored, fmt: StateFormat):

@@ -1,4 +1,4 @@
-"""Storage of optimizer statistics between steps: 32, 16 or 8 bits a value.
+"""Storage of optimizer statistics between steps: 32, 16, 8 or 4 bits a value.
 
 - "fp32": unchanged.
 - "bf16": rounded stochastically. Rounding to nearest would stall an average
@@ -8,6 +8,10 @@
 - "int8": a signed integer c for the value ``scale * (c / 127)**2``, or, for a
   second moment, an unsigned c for the square root ``scale * c / 255``; rounded
   stochastically.
+- "int4": two codes to a byte: ``scale * (c / 7)**2``, or, for the root of a second
+  moment, zero and ``scale * (c - 1/2) / 14.5``. A second moment's scale stays while
+  it is up to half an octave too large, because every change of the scale rounds all
+  codes of the block again.
 
 A block is 32 neighbours along the last axis; the last block of a row may be
 short. Its scale is its largest magnitude, rounded up to bfloat16. A sharding
@@ -35,18 +39,20 @@ from pallas_kernels.formats.weights import short_name
 _U32, _I32 = jnp.uint32, jnp.int32
 
 BLOCK = 32
-Name = Literal["fp32", "bf16", "fp16", "int8"]
+Name = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 NAMES = get_args(Name)
 # With a smaller scale, the largest code divided by the scale overflows.
 MIN_SCALE = 2.0**-103
-# The square of a smaller root does not survive a step. The smallest code of "int8" stands for more.
+# The square of a smaller root does not survive a step. The smallest integer code stands for more.
 MIN_ROOT = 2.0**-62
 MIN_ROOT_SCALE = 2.0**-54
 
 
 def _hint(name) -> str:
   """What to write instead of a dtype."""
-  short = "int8" if name in (jnp.int8, jnp.dtype(jnp.int8)) else short_name(name)
+  integers = {"int8": jnp.int8, "int4": jnp.int4}
+  found = [short for short, x in integers.items() if name in (x, jnp.dtype(x))]
+  short = found[0] if found else short_name(name)
   return "" if short is None else f' Write "{short}".'
 
 
@@ -55,7 +61,7 @@ class StateFormat:
   """The format of one statistic.
 
   Args:
-    name: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
+    name: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"`` or ``"int4"``.
     is_square: True for a second moment, which is never negative and which the
       optimizer uses through its square root.
 
@@ -84,36 +90,56 @@ class StateFormat:
   @property
   def has_scale(self) -> bool:
     """True if the format stores values in blocks, each with a scale."""
-    return self.name in ("fp16", "int8")
+    return self.name in ("fp16", "int8", "int4")
+
+  @property
+  def is_packed(self) -> bool:
+    """True if the format stores two codes to a byte."""
+    return self.name == "int4"
+
+  @property
+  def in_block(self) -> int:
+    """The number of stored codes, or bytes of packed ones, in a full block."""
+    return BLOCK // 2 if self.is_packed else BLOCK
 
   @property
   def dtype(self):
-    """The dtype of the stored values."""
-    if self.name == "int8":
+    """The dtype of the stored values, before they are packed."""
+    if self.name in ("int8", "int4"):
       return jnp.dtype(jnp.uint8 if self.is_square else jnp.int8)
     return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[self.name])
 
   @property
   def bits_per_value(self) -> float:
     """Bits a value, including its share of the scale of a full block."""
-    return self.dtype.itemsize * 8 + (16 / BLOCK if self.has_scale else 0)
+    bits = 4 if self.is_packed else self.dtype.itemsize * 8
+    return bits + (16 / BLOCK if self.has_scale else 0)
 
   @property
   def levels(self) -> int:
-    """The largest code of "int8"."""
-    return 255 if self.is_square else 127
+    """The largest integer code."""
+    signed = 7 if self.is_packed else 127
+    return 2 * signed + 1 if self.is_square else signed
 
   @property
   def top(self) -> float:
-    """The value of the largest code in steps: 255, or 127 squared."""
-    return float(self.levels if self.is_square else self.levels**2)
+    """The value of the largest code in steps."""
+    if not self.is_square:
+      return float(self.levels**2)
+    return self.levels - 0.5 if self.is_packed else float(self.levels)
+
+  @property
+  def holds_scale(self) -> bool:
+    """True if a block keeps its scale while that is little too large."""
+    return self.is_packed and self.is_square
 
 
 class Blocks(NamedTuple):
   """A statistic in blocks along its last axis.
 
   Attributes:
-    codes: [..., n], in the format's dtype: the values divided by their scales.
+    codes: [..., n], in the format's dtype: the values divided by their scales. Packed
+      codes are [..., ceil(n / 2)], uint8 if n is even, otherwise int8.
     scale: bfloat16 [..., ceil(n / 32)]; a scalar for a scalar.
   """
 
@@ -123,11 +149,51 @@ class Blocks(NamedTuple):
 
 def stored_struct(shape: tuple[int, ...], fmt: StateFormat):
   """The result of ``quantize`` for a shape, as ``jax.ShapeDtypeStruct``s."""
-  codes = jax.ShapeDtypeStruct(shape, fmt.dtype)
+  codes = _packed_struct(shape) if fmt.is_packed else jax.ShapeDtypeStruct(shape, fmt.dtype)
   if not fmt.has_scale:
     return codes
   scale = (*shape[:-1], -(-shape[-1] // BLOCK)) if shape else ()
   return Blocks(codes, jax.ShapeDtypeStruct(scale, jnp.bfloat16))
+
+
+def _packed_struct(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+  """The bytes of packed codes of a shape; the dtype tells an odd last axis from an even one."""
+  n = shape[-1] if shape else 1
+  return jax.ShapeDtypeStruct(
+    (*shape[:-1], -(-n // 2)) if shape else (), jnp.int8 if n % 2 else jnp.uint8
+  )
+
+
+def pack(codes: jax.Array, fmt: StateFormat) -> jax.Array:
+  """Codes [..., n] -> their storage, two neighbours along the last axis to a byte if packed.
+
+  The first neighbour takes the lower bits.
+  """
+  if not fmt.is_packed:
+    return codes
+  struct = _packed_struct(codes.shape)
+  # Otherwise XLA keeps the float32 values that they come from; see `packing.pack`.
+  c = jax.lax.optimization_barrier(codes)
+  c = c.reshape(c.shape or (1,)).astype(_I32)
+  if c.shape[-1] % 2:
+    c = jnp.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, 1)])
+  c = c.reshape(*c.shape[:-1], c.shape[-1] // 2, 2)
+  byte = (c[..., 0] & 0xF) | ((c[..., 1] & 0xF) << 4)
+  return jax.lax.bitcast_convert_type(byte.astype(jnp.uint8), struct.dtype).reshape(struct.shape)
+
+
+def unpack(stored: jax.Array, fmt: StateFormat) -> jax.Array:
+  """The inverse of ``pack``."""
+  if not fmt.is_packed:
+    return stored
+  byte = stored.reshape(*(stored.shape or (1,)), 1).astype(_I32)
+  # A broadcast: XLA would not fuse a concatenation. The first shift puts the sign in place.
+  c = byte << (28 - 4 * jax.lax.iota(_I32, 2))
+  c = ((c.astype(_U32) >> _U32(28)) if fmt.is_square else (c >> 28)).astype(fmt.dtype)
+  c = c.reshape(*byte.shape[:-2], 2 * byte.shape[-2])
+  if stored.dtype == jnp.int8:  # an odd last axis
+    c = c[..., :-1]
+  return c if stored.shape else c.reshape(())
 
 
 def quantize(
@@ -154,16 +220,18 @@ def quantize(
   if scale is None:
     scale = block_scale(x, fmt)
   codes = encode(x_KxB, scale.reshape(x_KxB.shape[:-1]), fmt, bits_KxB)
-  return Blocks(_off_blocks(codes, x.shape), scale)
+  return Blocks(pack(_off_blocks(codes, x.shape), fmt), scale)
 
 
-def block_scale(x: jax.Array, fmt: StateFormat) -> jax.Array:
-  """The scales of float32 values [...], in the layout of ``Blocks``."""
+def block_scale(x: jax.Array, fmt: StateFormat, old: jax.Array | None = None) -> jax.Array:
+  """The scales of float32 values [...], in the layout of ``Blocks``; old are those before."""
   x_KxB = _in_blocks(jnp.sqrt(x) if fmt.is_square else x)
   # Each magnitude is rounded to a 16-bit scale first: XLA keeps nothing else between its two
   # passes. The maximum is over bit patterns, so it cannot drop a NaN.
   codes = scale_code(magnitude_bits(x_KxB), fmt)
   code_K = jnp.max(codes.astype(jnp.uint16), axis=-1, initial=0)
+  if old is not None:
+    code_K = held(code_K, old.reshape(code_K.shape), fmt).astype(jnp.uint16)
   scale_K = jax.lax.bitcast_convert_type(code_K, jnp.bfloat16)
   return scale_K.reshape(stored_struct(x.shape, fmt).scale.shape)
 
@@ -177,7 +245,7 @@ def zeros_like(x: jax.Array, fmt: StateFormat):
   scale_K = jnp.sum(codes_KxB, axis=-1, dtype=jnp.float32)
   codes_KxB = codes_KxB + scale_K[..., None].astype(fmt.dtype)
   scale = scale_K.astype(jnp.bfloat16).reshape(stored_struct(x.shape, fmt).scale.shape)
-  return Blocks(_off_blocks(codes_KxB, x.shape), scale)
+  return Blocks(pack(_off_blocks(codes_KxB, x.shape), fmt), scale)
 
 
 def dequantize(stored, fmt: StateFormat) -> jax.Array:
@@ -194,10 +262,10 @@ def dequantize(stored, fmt: StateFormat) -> jax.Array:
     return stored
   if fmt.name == "bf16":
     return arithmetic.widen(stored)
-  shape = stored.codes.shape
-  codes_KxB = _in_blocks(stored.codes)
+  codes = unpack(stored.codes, fmt)
+  codes_KxB = _in_blocks(codes)
   x_KxB = decode(codes_KxB, stored.scale.reshape(codes_KxB.shape[:-1]), fmt)
-  return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, shape)
+  return _off_blocks(x_KxB * x_KxB if fmt.is_square else x_KxB, codes.shape)
 
 
 def dequantize_blocks(codes_KxB, scale_K, fmt: StateFormat, across):
@@ -228,7 +296,7 @@ def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across, largest=_largest)
   return encode(x_KxB, scale_K, fmt, bits_KxB, across), scale_K
 
 
-def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
+def read_again(stored: Blocks, scale: jax.Array, fmt: StateFormat) -> Blocks:
   """The same statistic, for a second pass over memory that needs its new scale.
 
   Otherwise XLA would keep the float32 values of the first pass, 4 bytes each:
@@ -236,7 +304,7 @@ def read_again(stored: Blocks, scale: jax.Array) -> Blocks:
   barriers before it decides. Scales are never negative, but XLA does not know
   that. Adding their sign bit makes these codes depend on the scales.
   """
-  codes_KxB = _in_blocks(stored.codes)
+  codes_KxB = _in_blocks(stored.codes, fmt.in_block)
   sign_K = (arithmetic.low_bits_of(scale) >> _U32(15)).astype(stored.codes.dtype)
   sign_K = sign_K.reshape(codes_KxB.shape[:-1])
   codes_KxB = codes_KxB + sign_K[..., None]
@@ -261,6 +329,16 @@ def scale_code(magnitude, fmt: StateFormat):
   return jnp.where(magnitude > _U32(0), code, _U32(0))
 
 
+def held(code, old, fmt: StateFormat):
+  """The bit pattern of a block's scale: the old scale's if the format holds that one."""
+  if not fmt.holds_scale:
+    return code
+  code, old = code.astype(_U32), arithmetic.low_bits_of(old)
+  # 128 patterns are an octave. An infinite scale belongs to values that are not finite.
+  stays = (code <= old) & (old <= code + _U32(64)) & (old < _U32(arithmetic.F32_INF >> 16))
+  return jnp.where(stays, old, code)
+
+
 def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   """Values (square roots of a second moment) -> codes, on arrays or tiles of blocks."""
   # A kernel divides once a block. The select avoids 0 / 0 in a block of zeros.
@@ -274,8 +352,9 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
     )
   # Rounds up with the probability that keeps the mean.
   if fmt.is_square:  # 15 binary places and as many random bits
-    c = (_nearest(jnp.abs(ratio)) + (bits_KxB >> _U32(17))) >> _U32(15)
-    c = jnp.where(x_KxB > 0, arithmetic.most(c, _U32(1)), c)
+    half = _U32(1 << 14 if fmt.is_packed else 0)
+    c = (_nearest(jnp.abs(ratio)) + half + (bits_KxB >> _U32(17))) >> _U32(15)
+    c = jnp.where(x_KxB > 0, arithmetic.most(c, _U32(1)), _U32(0) if fmt.is_packed else c)
     return arithmetic.least(c, _U32(fmt.levels)).astype(fmt.dtype)
   # The ratio lies between c**2 and (c + 1)**2. For an exact square, c may be one too small; it is
   # then always raised.
@@ -307,7 +386,10 @@ def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):
       x = jnp.where(x == 0, x, jnp.maximum(x, jnp.float32(MIN_ROOT)))
     return x
   c = codes_KxB.astype(_I32).astype(jnp.float32)
-  c = c if fmt.is_square else c * jnp.abs(c)
+  if not fmt.is_square:
+    c = c * jnp.abs(c)
+  elif fmt.is_packed:
+    c = jnp.where(c > 0, c - jnp.float32(0.5), c)
   return c * (scale_KxB * jnp.float32(1 / fmt.top))
 
 
@@ -333,15 +415,15 @@ def _along(scale_K, shape, across=None):
   return arithmetic.float_of(arithmetic.low_bits_of(scale_KxB) << _U32(16))
 
 
-def _in_blocks(x):
-  """[..., n] -> [..., blocks, BLOCK]; pads the last block with zeros."""
+def _in_blocks(x, block: int = BLOCK):
+  """[..., n] -> [..., blocks, block]; pads the last block with zeros."""
   x = x.reshape(x.shape or (1,))
   n = x.shape[-1]
-  if n < BLOCK:
+  if n < block:
     return x.reshape(*x.shape[:-1], min(n, 1), n)  # one short block
-  if n % BLOCK:
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % BLOCK)])
-  return x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+  if n % block:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n % block)])
+  return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
 
 
 def _off_blocks(x_KxB, shape):

@@ -52,7 +52,7 @@ def fused_update(
     delta: its residual, packed by :func:`optax_lowmem.split`; None if the format
       has none.
     statistics: the statistics [...], each stored in its format: an array for
-      ``"fp32"`` and ``"bf16"``, otherwise codes and scales
+      ``"fp32"`` and ``"bf16"``; otherwise codes and scales
       (``state_formats.Blocks``).
     fmt: the format of the weight, for example ``"bf16+8"``.
     statistic_formats: a :class:`pallas_kernels.StateFormat` for each statistic.
@@ -62,11 +62,11 @@ def fused_update(
     implementation: None, ``"xla"``, ``"mosaic_gpu"`` (residuals of 0, 8 or 16
       bits; statistics in ``"bf16"``, ``"fp16"`` or ``"int8"``; XLA steps large leaves
       whose rows end in a short block, unless the kernel's tiles cover nearly all of
-      them) or ``"mosaic_tpu"`` (the same residuals, every statistic; XLA steps small
-      leaves and those whose last axis is no multiple of 128). None takes the kernel
-      on GPUs from Hopper on if a statistic has block scales and the gradient is no
-      wider than the weight, and on TPUs from v5e on. Otherwise it takes XLA, which
-      works in chunks on one CPU.
+      them) or ``"mosaic_tpu"`` (the same residuals, every statistic but ``"int4"``;
+      XLA steps small leaves and those whose last axis is no multiple of 128). None
+      takes the kernel on GPUs from Hopper on if a statistic has block scales and the
+      gradient is no wider than the weight, and on TPUs from v5e on. Otherwise it
+      takes XLA, which works in chunks on one CPU.
 
   Returns:
     The new ``(low, delta, statistics)``.
@@ -272,6 +272,9 @@ def _unfit(name: str, fmt: DeltaFormat, statistic_formats) -> str:
   """The formats that a kernel takes, if a leaf's are others."""
   if fmt.is_full_precision or fmt.residual_bits not in (0, 8, 16):
     return "half-precision weights with residuals of 0, 8 or 16 bits, which need no packing"
-  if name == "mosaic_gpu" and any(f.name == "fp32" for f in statistic_formats):
+  found = {f.name for f in statistic_formats}
+  if name == "mosaic_gpu" and found & {"fp32", "int4"}:
     return 'statistics in "bf16", "fp16" or "int8"'
+  if name == "mosaic_tpu" and "int4" in found:
+    return 'statistics in "fp32", "bf16", "fp16" or "int8"'
   return ""

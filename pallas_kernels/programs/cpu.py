@@ -43,7 +43,9 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index=Non
   def alone(leaf, window):
     return _step_large(rule, formats, lands, leaf, when, index, window)
 
-  return joined.step_small(small, program, alone, leaves, index, windows, CHUNK, on_gpu=False)
+  return joined.step_small(
+    small, program, alone, leaves, formats[1], index, windows, CHUNK, on_gpu=False
+  )
 
 
 def _step_joined(rule, formats, lands, when, leaf, draws):
@@ -68,7 +70,7 @@ def chunk_rows(rows: int, blocks_a_row: int) -> list[int]:
 
 def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   """The step of a leaf in chunks of whole rows."""
-  fmt, _ = formats
+  fmt, statistic_formats = formats
   gradient, low, delta, statistics, stream = leaf
   shape = gradient.shape
   rows, n = joined.rows_of(shape)
@@ -109,10 +111,10 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
       cut_delta.reshape(count * in_row, -1) if is_packed else _filled_up(cut_delta)
     )  # fmt: skip
     cut_statistics = [
-      Blocks(_filled_up(x.codes), x.scale.reshape(-1, 1))
+      Blocks(_filled_up(_as_dtype(x.codes, f), f.in_block), x.scale.reshape(-1, 1))
       if isinstance(x, Blocks)
       else _filled_up(x)
-      for x in cut_statistics
+      for x, f in zip(cut_statistics, statistic_formats, strict=True)
     ]
     new = _chunk(
       rule, formats, lands, _filled_up(cut(values, start)), _filled_up(cut_low), cut_delta,
@@ -122,9 +124,10 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
       new = _keep(new)
 
     def put(x, y):
-      if x.shape[-1] == n and y.shape[-1] == BLOCK:
-        y = joined.cut_off(y, (count, n))
-      return jax.lax.dynamic_update_slice_in_dim(x, y.reshape(count, -1), first + start, 0)
+      y = y.reshape(count, -1)[:, : x.shape[-1]]
+      if y.dtype != x.dtype:
+        y = jax.lax.bitcast_convert_type(y, x.dtype)
+      return jax.lax.dynamic_update_slice_in_dim(x, y, first + start, 0)
 
     if not lands:
       return jax.tree.map(put, flat, new), None
@@ -148,14 +151,19 @@ def _step_large(rule, formats, lands, leaf, when, index=None, window=None):
   return low if landed is None else landed.reshape(shape), delta, statistics
 
 
-def _filled_up(x):
-  """Rows -> [blocks, 32]; pads a short end once, because finding it is costly."""
+def _filled_up(x, block: int = BLOCK):
+  """Rows -> [blocks, block]; pads a short end once, because finding it is costly."""
   rows, n = x.shape
-  if n % BLOCK:
+  if n % block:
     # XLA:CPU computes a pad value by value. The barriers keep it from turning this into one.
-    zeros = _keep(jnp.zeros((rows, -(-n // BLOCK) * BLOCK), x.dtype))
+    zeros = _keep(jnp.zeros((rows, -(-n // block) * block), x.dtype))
     x = _keep(jax.lax.dynamic_update_slice(zeros, x, (0, 0)))
-  return x.reshape(-1, BLOCK)
+  return x.reshape(-1, block)
+
+
+def _as_dtype(codes, fmt):
+  """Packed codes as those of an even last axis: here, every row is whole blocks."""
+  return jax.lax.bitcast_convert_type(codes, jnp.uint8) if fmt.is_packed else codes
 
 
 def _in_threads(i):
@@ -192,6 +200,7 @@ def _chunk(
     values[i] = _keep(jnp.sqrt(x) if f.has_scale and f.is_square else x)
     if f.has_scale:
       code = state_formats.scale_code(_largest(values[i]), f)
+      code = state_formats.held(code, statistics[i].scale[:, 0], f)
       scales.append(arithmetic.low_of(code, jnp.bfloat16))
     else:
       scales.append(None)
@@ -202,7 +211,7 @@ def _chunk(
     draw = statistic_bits(functools.partial(lane_bits, own_word), i)
     if f.has_scale:
       codes = state_formats.encode(x, scale, f, draw)
-      new_statistics.append(Blocks(codes, scale[:, None]))
+      new_statistics.append(Blocks(state_formats.pack(codes, f), scale[:, None]))
     else:
       new_statistics.append(state_formats.quantize(x, f, draw))
   new = (*_stored(weight, fmt, delta), new_statistics)

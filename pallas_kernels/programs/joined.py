@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import state_formats
 from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
 from pallas_kernels.formats.state_formats import BLOCK, Blocks
 
@@ -183,8 +184,8 @@ class Joint:
 
 
 def step_small(
-  small: Sequence[int], program: Callable, alone: Callable, leaves: Sequence[Any], index, windows,
-  most: int, *, on_gpu: bool,
+  small: Sequence[int], program: Callable, alone: Callable, leaves: Sequence[Any],
+  statistic_formats, index, windows, most: int, *, on_gpu: bool,
 ):  # fmt: skip
   """Steps the leaves numbered in small joined, if there are several, and the others alone.
 
@@ -192,7 +193,9 @@ def step_small(
   """
   small = small if len(small) > 1 else []
   of = lambda xs: [xs[i] for i in small]
-  found = step_in_pools(program, of(leaves), index, of(windows), most, on_gpu=on_gpu)
+  found = step_in_pools(
+    program, of(leaves), statistic_formats, index, of(windows), most, on_gpu=on_gpu
+  )
   results = dict(zip(small, found, strict=True))
   for i in set(range(len(leaves))) - set(small):
     results[i] = alone(leaves[i], windows[i])
@@ -200,8 +203,8 @@ def step_small(
 
 
 def step_in_pools(
-  program: Callable, leaves: Sequence[Any], index, windows, most: int, *, on_gpu: bool,
-  tile: int | None = None,
+  program: Callable, leaves: Sequence[Any], statistic_formats, index, windows, most: int, *,
+  on_gpu: bool, tile: int | None = None,
 ):  # fmt: skip
   """Calls ``step`` on pools of leaves with at most ``most`` blocks each.
 
@@ -217,8 +220,9 @@ def step_in_pools(
     of = lambda xs, pool=pool: [xs[i] for i in pool]
     after = results[-1][0] if results and not on_gpu else None
     results += step(
-      program, of(leaves), index, of(windows), on_gpu=on_gpu, whole_tiles=whole_tiles, after=after
-    )
+      program, of(leaves), statistic_formats, index, of(windows), on_gpu=on_gpu,
+      whole_tiles=whole_tiles, after=after,
+    )  # fmt: skip
   return results
 
 
@@ -237,6 +241,7 @@ def _after(low: jax.Array, tree):
 def step(
   program: Callable,
   leaves: Sequence[Any],
+  statistic_formats: Sequence[state_formats.StateFormat],
   index: jax.Array | None,
   windows: Sequence[Window | None] | None,
   *,
@@ -250,6 +255,7 @@ def step(
   Args:
     program: (leaf, draws) -> (low, delta, statistics), for a leaf [blocks, 32].
     leaves: ``leaf.Leaf``s with the same formats, all accepted by ``takes``.
+    statistic_formats: the formats of their statistics.
     index: the place of each leaf in a stack, or None.
     windows: the position of each leaf in a whole, or None.
     on_gpu: as in ``Joint``.
@@ -270,6 +276,10 @@ def step(
     stored, gradients, streams = _after(after, (stored, gradients, streams))
   shapes = [x.shape for x in gradients]
   joint = Joint(shapes, whole_tiles, on_gpu)
+  # A leaf's packed codes end with each of its rows; the joined ones end with each block.
+  packed = functools.partial(_with_codes, state_formats.pack, statistic_formats)
+  unpacked = functools.partial(_with_codes, state_formats.unpack, statistic_formats)
+  stored = list(map(unpacked, stored))
 
   def statistic(xs):
     if not isinstance(xs[0], Blocks):
@@ -281,27 +291,32 @@ def step(
   if deltas[0] is not None:  # packed residuals have equally many bytes for every block
     join = joint.by_block if deltas[0].dtype == jnp.uint8 else joint.values
     residuals = join(deltas)
-  leaf = type(leaves[0])(
-    gradient=joint.values(gradients),
-    low=joint.values(lows),
-    delta=residuals,
-    statistics=[statistic(xs) for xs in zip(*statistics, strict=True)],
-    stream=None,
-  )
+  old = joint.values(lows), residuals, [statistic(xs) for xs in zip(*statistics, strict=True)]
+  leaf = type(leaves[0])(joint.values(gradients), *packed(old), stream=None)
   if index is not None or windows:
     given = windows or [None] * len(leaves)
     places = [_first_in_whole(x, index, window) for x, window in zip(leaves, given, strict=True)]
-  new = program(leaf, draws(joint, shapes, streams, places))
+  new = unpacked(program(leaf, draws(joint, shapes, streams, places)))
   flat_new, treedef = jax.tree.flatten(new)
   likes = zip(*(jax.tree.leaves(old) for old in stored), strict=True)
   parts = [joint.cut(x, like) for x, like in zip(flat_new, likes, strict=True)]
-  results = [jax.tree.unflatten(treedef, part) for part in zip(*parts, strict=True)]
+  results = [packed(jax.tree.unflatten(treedef, part)) for part in zip(*parts, strict=True)]
   if index is None:
     return results
   put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0)
   return [
     jax.tree.map(put, leaf[1:4], result) for leaf, result in zip(leaves, results, strict=True)
   ]
+
+
+def _with_codes(f: Callable, statistic_formats, stored):
+  """Applies ``state_formats.pack`` or ``unpack`` to a leaf's (low, delta, statistics)."""
+  low, delta, statistics = stored
+  statistics = [
+    x._replace(codes=f(x.codes, fmt)) if fmt.is_packed else x
+    for x, fmt in zip(statistics, statistic_formats, strict=True)
+  ]
+  return low, delta, statistics
 
 
 def firsts(shape: tuple[int, ...]) -> np.ndarray:

@@ -71,7 +71,7 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
   rest = []
   for i, leaf in enumerate(leaves):
     if not is_small(leaf.gradient.shape) and leaf.gradient.shape[-1] % BLOCK:
-      results[i] = _ragged(tile, joined_kernel, lands, scalars, leaf, when)
+      results[i] = _ragged(tile, joined_kernel, formats[1], lands, scalars, leaf, when)
     elif tiles.takes_blocks(leaf.gradient.shape):
       sizes.setdefault(leaf.gradient.size, []).append(i)
     else:
@@ -87,12 +87,12 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
 
   of = lambda xs: [xs[i] for i in rest]
   in_pools = functools.partial(joined.step_in_pools, on_gpu=True, tile=tiles.TILE_ROWS)
-  found = in_pools(joined_kernel, of(leaves), index, of(windows), joined.MOST)
+  found = in_pools(joined_kernel, of(leaves), formats[1], index, of(windows), joined.MOST)
   results.update(zip(rest, found, strict=True))
   return [results[i] for i in range(len(leaves))]
 
 
-def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
+def _ragged(tile, joined_kernel, statistic_formats, lands, scalars, leaf: Leaf, when):
   """Steps a large leaf whose rows end in a short block: by a kernel, then its ends joined."""
   from pallas_kernels.programs import block_kernel  # imported here because it imports Pallas
 
@@ -121,8 +121,9 @@ def _ragged(tile, joined_kernel, lands, scalars, leaf: Leaf, when):
   for of_rows, start, first in parts:
     some = [cut(of_rows, start)]
     (new,) = joined.step(
-      joined_kernel, some, None, None, on_gpu=True, whole_tiles=blocks, places=[first]
-    )
+      joined_kernel, some, statistic_formats, None, None, on_gpu=True, whole_tiles=blocks,
+      places=[first],
+    )  # fmt: skip
     values, scales = stored_parts(*new)
     for ref, x in zip(written.refs, values, strict=True):
       ref[of_rows, start:] = x

@@ -35,7 +35,9 @@ def step(
   program = lambda leaf, draws: step_leaf(rule, formats, lands, leaf, when, draws=draws)
   small = [i for i, leaf in enumerate(leaves) if is_small(leaf.gradient.shape)]
   small = [i for i in small if joined.takes(leaves[i].gradient, leaves[i].low, formats[0])]
-  return joined.step_small(small, program, alone, leaves, index, windows, joined.MOST, on_gpu=True)
+  return joined.step_small(
+    small, program, alone, leaves, formats[1], index, windows, joined.MOST, on_gpu=True
+  )
 
 
 def step_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None):
@@ -78,15 +80,15 @@ def step_leaf(
 
   update, values = run(statistics)
   scales = [
-    state_formats.block_scale(x, f) if f.has_scale else None
-    for x, f in zip(values, statistic_formats, strict=True)
+    state_formats.block_scale(x, f, old.scale) if f.has_scale else None
+    for x, old, f in zip(values, statistics, statistic_formats, strict=True)
   ]
   # With scales, the codes need a second pass, which computes the statistics again.
   if any(scale is not None for scale in scales):
     update, values = run(
       [
-        x if scale is None else state_formats.read_again(x, scale)
-        for x, scale in zip(statistics, scales, strict=True)
+        x if scale is None else state_formats.read_again(x, scale, f)
+        for x, scale, f in zip(statistics, scales, statistic_formats, strict=True)
       ]
     )
   new_statistics = [
