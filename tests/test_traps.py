@@ -362,3 +362,25 @@ def test_memory_table_of_an_nnx_state():
   plain = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
   tables = [lowmem.memory_table(params, x) for x in (plain.opt_state, nnx.state(plain.opt_state))]
   assert tables[0].parts == tables[1].parts and tables[0].parts["moments"]
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: lowmem.adamw(1e-3, mu=None),
+    lambda: lowmem.adam(1e-3, nu=None),
+    lambda: lowmem.scale_by_adam(nu=None),
+    lambda: lowmem.sgd(0.1, 0.9, accumulator=None),
+    lambda: lowmem.muon(0.1, adam_mu=None),
+  ],
+)
+def test_no_format(make):
+  with pytest.raises(ValueError, match="=None names no format"):
+    make()
+
+
+def test_quantize_state_of_another_state():
+  tx = lowmem.quantize_state(optax.adam(1e-3))
+  params = {"w": jnp.ones((4, 32))}
+  with pytest.raises(TypeError, match="quantize_state takes a QuantizedState"):
+    tx.update(params, optax.adam(1e-3).init(params), params)

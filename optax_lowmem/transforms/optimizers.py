@@ -91,7 +91,7 @@ def adamw(
     `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`__
   """
-  formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}
+  formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": first_format(nu, None, "nu")}
 
   def make(mask):
     return optax.adamw(
@@ -163,7 +163,7 @@ def adam(
     `8-bit Optimizers via Block-wise Quantization
     <https://arxiv.org/abs/2110.02861>`__
   """
-  formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}
+  formats = {"mu": first_format(mu, mu_dtype, "mu"), "nu": first_format(nu, None, "nu")}
 
   def make(mask):
     del mask  # there is no weight decay

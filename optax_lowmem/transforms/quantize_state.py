@@ -12,7 +12,7 @@ import optax
 from optax_lowmem.engine import landing, sessions
 from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.portable import portable_update
-from optax_lowmem.states import QuantizedState, leaf_streams, was_taken
+from optax_lowmem.states import QuantizedState, check_state, leaf_streams, was_taken
 from optax_lowmem.trees import nnx_variables, pytrees
 from optax_lowmem.trees.formats import Formats, Statistic
 from pallas_kernels.formats import state_formats
@@ -137,12 +137,16 @@ def scale_by_adam(
     <https://arxiv.org/abs/2110.02861>`__
   """
   inner = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
-  return quantize(inner, {"mu": first_format(mu, mu_dtype, "mu"), "nu": nu}, "bf16", key)
+  return quantize(
+    inner, {"mu": first_format(mu, mu_dtype, "mu"), "nu": first_format(nu, None, "nu")}, "bf16", key
+  )
 
 
 def first_format(name, dtype, argument: str) -> str | None:
-  """The format of a first moment; None if Optax's dtype argument is given."""
+  """The format of a statistic; None if Optax's dtype argument is given."""
   if dtype is None:
+    if name is None:
+      raise ValueError(f'{argument}=None names no format. Write {argument}="fp32".')
     return name
   if not isinstance(name, _Default):
     raise ValueError(
@@ -206,6 +210,7 @@ def quantize(
     )
 
   def update_fn(updates, state, params=None, **extra_args):
+    check_state(state, QuantizedState, "quantize_state")
     table = state.formats
 
     wide, wide_params = (jax.tree.map(_widen, tree) for tree in (updates, params))
