@@ -179,12 +179,21 @@ def one(name: str) -> dict:
   }
 
 
-def llama_released():
+def llama_released(tx=lowmem.adamw(1e-3)):
   """A step with the shapes of Llama 3.1 8B, released, for `optax_lowmem.plan --step`."""
-  tx = lowmem.adamw(1e-3)
   state = jax.eval_shape(lambda params: lowmem.init(tx, params), llama.structs())
   tokens = jax.ShapeDtypeStruct((llama.TOKENS + 1,), I32)
   return lowmem.fused_backward(llama.loss, tx), (*state, tokens), (0, 1)
+
+
+def llama_int4_nu():
+  """The same with weights in bf16+0 and a second moment in int4."""
+  return llama_released(lowmem.adamw(1e-3, weights="bf16+0", nu="int4"))
+
+
+def llama_int4():
+  """The same with weights in bf16+0 and both moments in int4."""
+  return llama_released(lowmem.adamw(1e-3, weights="bf16+0", mu="int4", nu="int4"))
 
 
 def demo():
