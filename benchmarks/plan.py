@@ -179,7 +179,10 @@ def one(name: str) -> dict:
   }
 
 
-def llama_released(tx=lowmem.adamw(1e-3)):
+ADAMW = lowmem.adamw(1e-3)
+
+
+def llama_released(tx=ADAMW):
   """A step with the shapes of Llama 3.1 8B, released, for `optax_lowmem.plan --step`."""
   state = jax.eval_shape(lambda params: lowmem.init(tx, params), llama.structs())
   tokens = jax.ShapeDtypeStruct((llama.TOKENS + 1,), I32)
