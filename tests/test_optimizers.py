@@ -420,8 +420,8 @@ def test_resident_bytes(make, limit):
 
 
 def test_bad_input():
-  with pytest.raises(ValueError, match="int4"):
-    lowmem.adamw(1e-3, nu="int4")
+  with pytest.raises(ValueError, match="int3"):
+    lowmem.adamw(1e-3, nu="int3")
   with pytest.raises(ValueError, match="mu_dtype"):
     lowmem.adamw(1e-3, mu_dtype=jnp.bfloat16, mu="bf16")
   with pytest.raises(ValueError, match="accumulator_dtype"):
