@@ -17,7 +17,7 @@ FORMATS = ("fp32/fp32", "bf16+16/bf16", "bf16+8/int8", "bf16+0/int8")
 EVIDENCE: Mapping[str, tuple[int, str, float]] = {
   "bf16+8/bf16": (4, "t5", 0.0060),
   "bf16+8/int8": (10, "lstm", 0.0039),
-  "bf16+0/int8": (3, "lstm", 0.0041),
+  "bf16+0/int8": (4, "lstm", 0.0041),
   "fp16+8/int8": (6, "dcgan", 0.0672),
 }
 _Make = Callable[[str, str], tuple[Any, Callable]]
