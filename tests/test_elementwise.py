@@ -4,7 +4,7 @@ import functools
 import pathlib
 import re
 
-from conftest import assert_trees_equal, normal_like
+from conftest import assert_trees_equal, normal_like, updated
 import h100
 import jax
 import jax.numpy as jnp
@@ -35,15 +35,9 @@ def declared(inner, key=0, weights=weights, formats=None):
 def run(tx, how, count=3):
   params, state = lowmem.init(tx, make_params())
 
-  @jax.jit
-  def train_step(params, state, grads):
-    if how == "step":
-      return lowmem.step(tx, grads, state, params)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
+  train_step = jax.jit(functools.partial(lowmem.step if how == "step" else updated, tx))
   for i in range(count):
-    params, state = train_step(params, state, normal_like(params, i + 1))
+    params, state = train_step(normal_like(params, i + 1), state, params)
   return params, state
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+from conftest import updated
 import flax
 from flax import nnx
 import hypothesis
@@ -51,16 +52,10 @@ def trained(tx, params, steps=3, by="step", dtype=jnp.float32, scale=1.0):
   """The float32 masters and the state after some steps."""
   params, state = lowmem.init(tx, params)
 
-  @jax.jit
-  def train(params, state, grads):
-    if by == "step":
-      return lowmem.step(tx, grads, state, params)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
+  train = jax.jit(functools.partial(lowmem.step if by == "step" else updated, tx))
   shapes = {name: x.shape for name, x in params.items()}
   for i in range(steps):
-    params, state = train(params, state, normal(shapes, i + 1, scale, dtype))
+    params, state = train(normal(shapes, i + 1, scale, dtype), state, params)
   return lowmem.master_params(params, state), state
 
 
@@ -460,6 +455,12 @@ def test_which_leaf_goes_where():
   assert "adam: ['bias'], ['scalar']" in str(table)
   fp32, state = lowmem.init(lowmem.muon(1e-2, weights="fp32"), normal(SHAPES))
   assert lowmem.memory_table(fp32, state).members == table.members
+
+
+def test_leaves_whose_names_end_alike():
+  params = {"w": jnp.ones(32), "block": {"w": jnp.ones((32, 32))}}
+  members = lowmem.memory_table(*lowmem.init(lowmem.muon(1e-2), params)).members
+  assert members == {"adam": ("['w']",), "muon": ("['block']['w']",)}
 
 
 @pytest.mark.filterwarnings("always::UserWarning")

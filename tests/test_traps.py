@@ -312,7 +312,7 @@ def test_setting_with_a_gradient():
 
 @pytest.mark.parametrize("weights", ["bf16+0", "bf16+8", "fp16+8", "bf16+16"])
 def test_gradient_through_master_params(weights):
-  """It is that of the masters, rounded to the weights' dtype; it was zero."""
+  """It equals the masters' gradient, rounded to the weights' dtype. It was zero once."""
   params, state = lowmem.init(lowmem.adamw(1e-2, weights=weights), {"w": jnp.full((4, 32), 0.3)})
   loss = lambda masters: jnp.sum(masters["w"] ** 3)
   grads = jax.jit(jax.grad(lambda p: loss(lowmem.master_params(p, state))))(params)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from optax_lowmem.engine import sessions
-from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Optimizer
+from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps
+from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.trees import pytrees
 from pallas_kernels.formats import arithmetic
 

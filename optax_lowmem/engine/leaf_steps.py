@@ -7,7 +7,7 @@ bare array is the rule that ``pallas_kernels.fused_update`` applies to a leaf, o
 kernel to a tile of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import functools
 import math
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_lowmem.engine import matrix_steps
-from optax_lowmem.engine.matrix_steps import Axes, Matrices
+from optax_lowmem.engine.matrix_steps import Axes
+from optax_lowmem.engine.optimizer import OTHER_STATE, Kind, Optimizer, RuleKind
 from optax_lowmem.engine.portable import portable_update
 from optax_lowmem.states import (
   DeltaBitsState,
@@ -30,24 +31,14 @@ from optax_lowmem.trees import pytrees
 from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
 from pallas_kernels.formats.state_formats import Blocks, StateFormat
-from pallas_kernels.operations.fused_update import check, hoisted_rule, step_leaves
 from pallas_kernels.placement import implementations
 from pallas_kernels.programs.hoist import Hoisted
 from pallas_kernels.programs.leaf import Leaf, is_small
 from pallas_kernels.programs.tiles import is_in_blocks
 
-# A statistic's name, its value and a micro-batch's gradient -> its value with that gradient.
-Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
-
-
 _HALF_STATISTICS = (
   "Statistics that Optax stores in half precision (mu_dtype, accumulator_dtype) cannot be stepped"
   " leaf by leaf; pass mu= or accumulator= instead."
-)
-
-_OTHER_STATE = (
-  "The state is not this optimizer's, or it holds more than counters and arrays of the"
-  " parameters' shapes."
 )
 
 
@@ -88,96 +79,6 @@ class Stored(NamedTuple):
   low: jax.Array
   residual: jax.Array | None
   statistics: tuple[Any, ...]
-
-
-class Optimizer:
-  """An optimizer of Optax that is elementwise, or Muon.
-
-  Attributes:
-    make: a function from a weight-decay mask (None, a tree of bools, one bool) to
-      Optax's transformation.
-    mask: None, a tree of bools or a prefix of it, or a callable of params.
-    implementation: as in ``pallas_kernels.fused_update``.
-    fold: the function that adds a micro-batch to a statistic, or the reason why
-      there is none.
-    is_declared: whether a user declared it elementwise. Then its float32 leaves are
-      stepped leaf by leaf, too, and its statistics have a stream of their own.
-    matrices: Muon's step of a matrix; None for an elementwise optimizer.
-  """
-
-  def __init__(
-    self,
-    make: Callable[[Any], optax.GradientTransformation],
-    mask,
-    implementation: implementations.Implementation | None,
-    fold: Fold | str,
-    is_declared: bool = False,
-    matrices: Matrices | None = None,
-  ):
-    self.is_declared = is_declared
-    self.make = make
-    self.mask = mask
-    self.implementation = implementation
-    self.fold = fold
-    self.matrices = matrices
-    # jit traces groups of one kind once.
-    self.step_group = jax.jit(_step_group, static_argnums=(0, 1), static_argnames="lands")
-    if matrices is not None:
-      step_matrix = functools.partial(matrix_steps.step_matrices, matrices)
-      self.step_matrix = jax.jit(step_matrix, static_argnums=(0, 1, 2), static_argnames="lands")
-    self._rules: dict[Any, Hoisted] = {}
-
-  @classmethod
-  def declared(cls, inner: optax.GradientTransformation) -> "Optimizer":
-    """Makes one of a transformation that the user declares elementwise."""
-    fold = "only lowmem.adamw, adam and sgd define how a micro-batch enters the statistics"
-    return cls(lambda mask: inner, None, None, fold, is_declared=True)
-
-  def rule(self, kind: "_RuleKind", shape, scalars, factor) -> tuple[Hoisted, list[jax.Array]]:
-    """The rule for leaves of a kind, traced once on arrays of a shape, and its scalars."""
-    key = kind, jax.dtypes.canonicalize_dtype(float)
-    rule = self._rules.get(key)
-    if rule is None:
-      structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (scalars, factor))
-      rule = hoisted_rule(self._traced(kind), len(kind.paths), shape, structs)
-      if not rule.closes_over_tracers:
-        self._rules[key] = rule
-    return rule, rule.scalars(scalars, factor)
-
-  def _traced(self, kind: "_RuleKind"):
-    inner, paths = self.make(kind.decays), kind.paths
-    if kind.matrix_rule:
-      struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct((), jnp.float32))
-      assert self.matrices is not None
-      return matrix_steps.rules(self.matrices, kind.decays, struct)[kind.matrix_rule]
-
-    def rule(g, w, values, scalars, factor):
-      struct = jax.eval_shape(inner.init, jax.ShapeDtypeStruct(w.shape, w.dtype))
-      if len(jax.tree.leaves(struct)) != len(paths) + len(scalars):
-        raise ValueError(_OTHER_STATE)
-      values, others = dict(zip(paths, values, strict=True)), iter(scalars)
-      state = [values[path] if path in values else next(others) for path, _ in _leaves(struct)]
-      state = jax.tree.unflatten(jax.tree.structure(struct), state)
-      update, state = inner.update(g if factor is None else g * factor, state, w)
-      new = dict(_leaves(state))
-      # A float64 learning rate turns them into float64.
-      return update.astype(w.dtype), [new[path].astype(w.dtype) for path in paths]
-
-    def fold(g, w, values, scalars, factor):
-      del scalars
-      assert callable(self.fold)  # otherwise accumulate= is refused
-      g, pairs = g if factor is None else g * factor, zip(paths, values, strict=True)
-      return None, [self.fold(path[-1].name, x, g).astype(w.dtype) for path, x in pairs]
-
-    return fold if kind.folds else rule
-
-
-def _step_group(rule: Hoisted, kind: "_Kind", leaves, scalars, taken, index, lands=False):
-  check(leaves, kind.weight, kind.formats, index)
-  return step_leaves(
-    rule, scalars, leaves, kind.weight, kind.formats, taken, kind.implementation, index, lands,
-    kind.is_copied,
-  )  # fmt: skip
 
 
 class LeafSteps:
@@ -241,7 +142,7 @@ class LeafSteps:
         self._of[place.parameter].append(place)
         statistics[place.parameter].append(leaf)
     if any(len(self._scalars) + len(of) != len(fixed) for of in self._of.values()):
-      raise ValueError(_OTHER_STATE)
+      raise ValueError(OTHER_STATE)
     self.stored = {
       name: Stored(weights[name], residuals.get(name), tuple(values))
       for name, values in statistics.items()
@@ -296,7 +197,7 @@ class LeafSteps:
           name, kinds[name], leaf, gradients[name].factor, taken, index, lands
         )
       return new
-    rules: dict[_RuleKind, tuple[Hoisted, list[jax.Array]]] = {}
+    rules: dict[RuleKind, tuple[Hoisted, list[jax.Array]]] = {}
     shapes = {name: g.value.shape for name, g in gradients.items()}
     largest = max(shapes.values(), key=math.prod, default=())
     for kind, group in _groups(shapes, kinds):
@@ -319,7 +220,7 @@ class LeafSteps:
     assert self._optimizer.matrices is not None
     return self._optimizer.matrices.axes(self._params)
 
-  def _step_matrix(self, name: str, kind: "_Kind", leaf: Leaf, factor, taken, index, lands):
+  def _step_matrix(self, name: str, kind: Kind, leaf: Leaf, factor, taken, index, lands):
     optimizer, axes = self._optimizer, self._axes[name]
     assert optimizer.matrices is not None
     if index is not None and not axes.is_stack:
@@ -328,7 +229,7 @@ class LeafSteps:
         " over its first axis. Give it None in muon_weight_dimension_numbers, and AdamW steps it."
       )
     ahead = kind.rule._replace(matrix_rule="ahead")
-    update = _RuleKind(kind.rule.decays, (), is_scaled=True, folds=False, matrix_rule="update")
+    update = RuleKind(kind.rule.decays, (), is_scaled=True, folds=False, matrix_rule="update")
     scale = optimizer.matrices.scale(leaf.low.shape, axes)
     pairs = [
       optimizer.rule(of, leaf.gradient.shape, self._scalars, by)
@@ -345,11 +246,11 @@ class LeafSteps:
     )
     return Stored(low, residual, tuple(statistics))
 
-  def _kind(self, name: str, gradient: Gradient, folds: bool) -> "_Kind":
+  def _kind(self, name: str, gradient: Gradient, folds: bool) -> Kind:
     places, is_scaled = self._of[name], gradient.factor is not None
     paths = tuple(place.path for place in places)
-    return _Kind(
-      _RuleKind(self._mask[1].get(name), paths, is_scaled, folds),
+    return Kind(
+      RuleKind(self._mask[1].get(name), paths, is_scaled, folds),
       self.held.get(name),
       tuple(place.format for place in places),
       jnp.result_type(gradient.value),
@@ -452,51 +353,13 @@ def _evaluated(mask, like, held):
   return mask, pytrees.named_leaves(spread)
 
 
-class _RuleKind(NamedTuple):
-  """The static properties that leaves with the same rule share.
-
-  Attributes:
-    decays: their weight-decay mask, None without one.
-    paths: the paths of their statistics, as in ``_Place``.
-    is_scaled: whether the step multiplies the gradients by a factor.
-    folds: whether the gradients enter the statistics alone.
-    matrix_rule: the rule of ``matrix_steps.rules``; "" for an elementwise optimizer.
-  """
-
-  decays: bool | None
-  paths: tuple
-  is_scaled: bool
-  folds: bool
-  matrix_rule: str = ""
-
-
-class _Kind(NamedTuple):
-  """The static properties of leaves that one kernel can step together.
-
-  Attributes:
-    rule: the rule's kind.
-    weight: the weights' format.
-    formats: the statistics' formats.
-    gradient: the gradients' dtype.
-    implementation: as in ``pallas_kernels.fused_update``.
-    is_copied: as in ``Gradient``.
-  """
-
-  rule: _RuleKind
-  weight: Any
-  formats: tuple[StateFormat, ...]
-  gradient: Any
-  implementation: implementations.Implementation | None
-  is_copied: bool
-
-
-def _groups(shapes, kinds: dict[str, _Kind]) -> Iterator[tuple[_Kind, list[str]]]:
+def _groups(shapes, kinds: dict[str, Kind]) -> Iterator[tuple[Kind, list[str]]]:
   """(kind, names) of the leaves that are stepped together: all small ones of a kind.
 
   Leaves with rows of whole blocks form a group of their own, because a kernel takes
   them on a mesh, too.
   """
-  small: dict[tuple[_Kind, bool], list[str]] = {}
+  small: dict[tuple[Kind, bool], list[str]] = {}
   for name, kind in kinds.items():
     if is_small(shapes[name]):
       small.setdefault((kind, is_in_blocks(shapes[name])), []).append(name)

@@ -6,14 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from optax_lowmem.engine.leaf_steps import (
-  Fold,
-  Gradient,
-  LeafSteps,
-  Optimizer,
-  Stored,
-  why_composed,
-)
+from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Stored, why_composed
+from optax_lowmem.engine.optimizer import Fold, Optimizer
 from optax_lowmem.trees import pytrees
 from optax_lowmem.trees.formats import Formats
 

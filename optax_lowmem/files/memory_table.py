@@ -107,8 +107,8 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   refuse_state(params, "params", "lowmem.memory_table(params, opt_state)")
   params = pytrees.without_settings(params)
   parts = {"weights": nbytes(params), "residuals": 0, "moments": 0, "rest": 0}
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  suffixes = {tuple(map(str, path)) for path in paths}
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  paths = {tuple(map(str, path)): pytrees.name_of(path) for path, _ in leaves}
 
   def count(tree):
     flat = jax.tree_util.tree_leaves_with_path(
@@ -126,7 +126,7 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
       else:
         _refuse_names(path)
         steps = tuple(map(str, path))
-        follows = any(steps[i:] in suffixes for i in range(len(steps) + 1))
+        follows = pytrees.owner(steps, paths) is not None
         # A scalar under a parameter's path is a moment if it is a float, else a counter.
         is_moment = follows and (
           isinstance(leaf, Blocks) or jnp.shape(leaf) or pytrees.is_inexact(leaf)
@@ -136,18 +136,20 @@ def memory_table(params, opt_state, grads=None) -> MemoryTable:
   count((opt_state,))
   if grads is not None:
     parts["gradients"] = nbytes(grads)
-  members: dict[str, tuple[str, ...]] = {}
-  for state in pytrees.find_states(opt_state, optax.PartitionState):
-    for label, member in state.inner_states.items():
-      stepped = {
-        steps[i:]
-        for path, _ in jax.tree_util.tree_leaves_with_path(member)
-        for steps in [tuple(map(str, path))]
-        for i in range(len(steps))
-      }
-      of = [pytrees.name_of(path) for path in paths if tuple(map(str, path)) in stepped]
-      members[str(label)] = tuple(of)
+  members = {
+    str(label): _stepped(member, paths)
+    for state in pytrees.find_states(opt_state, optax.PartitionState)
+    for label, member in state.inner_states.items()
+  }
   return MemoryTable(parts, sum(_size(x) for x in jax.tree.leaves(params)), members)
+
+
+def _stepped(member, paths) -> tuple[str, ...]:
+  """The names of the parameters, in order, that own leaves in a member's state."""
+  steps = [tuple(map(str, path)) for path, _ in jax.tree_util.tree_leaves_with_path(member)]
+  starts = [pytrees.owner(path, paths) for path in steps]
+  owners = {path[i:] for path, i in zip(steps, starts, strict=True) if i is not None}
+  return tuple(name for path, name in paths.items() if path in owners)
 
 
 _NODES = (DeltaBitsState, Blocks, optax.MultiStepsState)

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from optax_lowmem.engine import leaf_steps
-from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Optimizer, Stored
+from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Stored
+from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.engine.partitioned_steps import Partitioned, PartitionedSteps
 from optax_lowmem.release import layer_calls
 from optax_lowmem.states import DeltaBitsState, QuantizedState

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optax_lowmem.engine import in_place, landing, sessions
-from optax_lowmem.engine.leaf_steps import Optimizer
+from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.engine.portable import portable_update
 from optax_lowmem.states import (
   DeltaBitsState,
@@ -352,12 +352,9 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
   """A function that looks up a leaf's format in a pytree prefix of the parameters."""
   prefix = dict(jax.tree_util.tree_leaves_with_path(weights))
 
-  def entry(path) -> tuple | None:
-    return next((path[:i] for i in range(len(path) + 1) if path[:i] in prefix), None)
-
   def find(path, leaf):
     del leaf
-    if (found := entry(path)) is None:
+    if (found := pytrees.prefix_in(path, prefix)) is None:
       raise ValueError(
         f"weights= has no format for params{pytrees.name_of(path)}. Give it one, such as"
         ' "bf16+8", or "fp32" to leave it alone.'
@@ -366,11 +363,10 @@ def _prefix_lookup(weights, params) -> Callable[[Any, Any], DeltaFormat]:
 
   # An entry may be for a leaf, for an empty node (None, MaskedNode), or for anything below one.
   nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: not jax.tree.leaves(x))
-  used = {entry(path) for path, _ in nodes}
+  used = {pytrees.prefix_in(path, prefix) for path, _ in nodes}
   empty = {path for path, node in nodes if not jax.tree.leaves(node)}
   for path in prefix:
-    below_empty = any(path[:i] in empty for i in range(len(path) + 1))
-    if path not in used and not below_empty:
+    if path not in used and pytrees.prefix_in(path, empty) is None:
       raise ValueError(
         f"weights= has a format for {pytrees.name_of(path)}, which params do not have."
       )

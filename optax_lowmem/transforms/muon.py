@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, MuonState
 
-from optax_lowmem.engine.leaf_steps import Optimizer
 from optax_lowmem.engine.matrix_steps import Axes, Matrices
+from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.engine.partitioned_steps import Partitioned
-from optax_lowmem.transforms.delta_bits import Weights, delta_bits, warning_once
-from optax_lowmem.transforms.optimizers import adamw, average_fold
-from optax_lowmem.transforms.quantize_state import DEFAULT, first_format, quantize
+from optax_lowmem.transforms.delta_bits import Weights, warning_once
+from optax_lowmem.transforms.optimizers import FLOAT32, adamw, average_fold, in_few_bits
+from optax_lowmem.transforms.quantize_state import DEFAULT, first_format
 from optax_lowmem.trees import nnx_variables, pytrees
 from pallas_kernels.formats.state_formats import Name
-from pallas_kernels.placement import implementations
 from pallas_kernels.placement.implementations import Implementation
 
 Array = jax.typing.ArrayLike
@@ -49,7 +48,7 @@ def muon(
   adam_mu: Name = DEFAULT,
   adam_nu: Name = "int8",
   key: Array = 0,
-  update_dtype: Any = "float32",
+  update_dtype: Any = FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.contrib.muon`` in 4.06 bytes a parameter: weight, residual and momentum.
@@ -130,7 +129,6 @@ def muon(
     `Memory Efficient Mixed-Precision Optimizers
     <https://arxiv.org/abs/2309.12381>`__
   """
-  implementations.check_name(implementation)
   coefficients: Any = _preset(ns_coeffs, ns_steps) if isinstance(ns_coeffs, str) else ns_coeffs
   mu_format = first_format(mu, mu_dtype, "mu")
   first_format(adam_mu, mu_dtype, "adam_mu")
@@ -171,12 +169,7 @@ def muon(
   )  # fmt: skip
   fold = average_fold({"mu": beta}, nesterov)
   optimizer = Optimizer(make, weight_decay_mask, implementation, fold, matrices=matrices)
-  inner = quantize(
-    make(weight_decay_mask), {"mu": mu_format}, "bf16", key, only_held=True, starts_at_zero=True
-  )
-  of_matrices = delta_bits(
-    inner, weights, key=key, update_dtype=update_dtype, elementwise=optimizer
-  )
+  of_matrices = in_few_bits(optimizer, weights, {"mu": mu_format}, key, update_dtype)
   of_others = adamw(
     learning_rate if adam_learning_rate is None else adam_learning_rate,
     adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, adam_weight_decay, nesterov=nesterov,
@@ -224,7 +217,7 @@ def _axes(numbers, tree, adaptive: bool) -> dict[str, Axes]:
       is_matrix = len(shape) >= 2 and pytrees.is_inexact(leaf)
       entry = MuonDimensionNumbers(-2, -1) if is_matrix else None
     else:
-      prefix = next((path[:i] for i in range(len(path) + 1) if path[:i] in entries), None)
+      prefix = pytrees.prefix_in(path, entries)
       if prefix is None:
         raise ValueError(f"muon_weight_dimension_numbers has no entry for params{name}.")
       entry = entries[prefix]

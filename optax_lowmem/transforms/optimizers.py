@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_lowmem.engine.leaf_steps import Fold, Optimizer
+from optax_lowmem.engine.optimizer import Fold, Optimizer
 from optax_lowmem.transforms.delta_bits import Weights, delta_bits
 from optax_lowmem.transforms.quantize_state import DEFAULT, first_format, quantize
 from pallas_kernels.formats.state_formats import Name
@@ -19,7 +19,7 @@ from pallas_kernels.placement.implementations import Implementation
 
 Array = jax.typing.ArrayLike
 # `jnp.float32` can be called, so `optax.inject_hyperparams` would take it for a schedule.
-_FLOAT32 = "float32"
+FLOAT32 = "float32"
 
 
 def adamw(
@@ -37,7 +37,7 @@ def adamw(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
-  update_dtype: Any = _FLOAT32,
+  update_dtype: Any = FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.adamw`` in 5.13 bytes a parameter: weight, residual and both moments.
@@ -100,7 +100,7 @@ def adamw(
 
   fold = average_fold({"mu": b1, "nu": b2}, nesterov)
   optimizer = Optimizer(make, mask, implementation, fold)
-  return _half(optimizer, weights, formats, key, update_dtype)
+  return in_few_bits(optimizer, weights, formats, key, update_dtype)
 
 
 def adam(
@@ -116,7 +116,7 @@ def adam(
   mu: Name = DEFAULT,
   nu: Name = "int8",
   key: Array = 0,
-  update_dtype: Any = _FLOAT32,
+  update_dtype: Any = FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.adam`` in 5.13 bytes a parameter: weight, residual and both moments.
@@ -171,7 +171,7 @@ def adam(
 
   fold = average_fold({"mu": b1, "nu": b2}, nesterov)
   optimizer = Optimizer(make, None, implementation, fold)
-  return _half(optimizer, weights, formats, key, update_dtype)
+  return in_few_bits(optimizer, weights, formats, key, update_dtype)
 
 
 def lion(
@@ -185,7 +185,7 @@ def lion(
   weights: Weights = "bf16+8",
   mu: Name = DEFAULT,
   key: Array = 0,
-  update_dtype: Any = _FLOAT32,
+  update_dtype: Any = FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.lion`` in 4.07 bytes a parameter: weight, residual and momentum.
@@ -236,7 +236,7 @@ def lion(
 
   fold = "lion's update averages with b1, but the momentum that it stores averages with b2"
   optimizer = Optimizer(make, mask, implementation, fold)
-  return _half(optimizer, weights, formats, key, update_dtype)
+  return in_few_bits(optimizer, weights, formats, key, update_dtype)
 
 
 def sgd(
@@ -248,7 +248,7 @@ def sgd(
   weights: Weights = "bf16+8",
   accumulator: Name = DEFAULT,
   key: Array = 0,
-  update_dtype: Any = _FLOAT32,
+  update_dtype: Any = FLOAT32,
   implementation: Implementation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """``optax.sgd`` in 4.07 bytes a parameter (3 without momentum).
@@ -298,10 +298,10 @@ def sgd(
     return optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
 
   optimizer = Optimizer(make, None, implementation, _sgd_fold(momentum, nesterov))
-  return _half(optimizer, weights, formats, key, update_dtype)
+  return in_few_bits(optimizer, weights, formats, key, update_dtype)
 
 
-def _half(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
+def in_few_bits(optimizer: Optimizer, weights: Weights, formats, key, update_dtype):
   """``delta_bits(quantize_state(optimizer))``; formats are the statistics', by field."""
   implementations.check_name(optimizer.implementation)
   inner = quantize(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optax_lowmem.engine import landing, sessions
-from optax_lowmem.engine.leaf_steps import Optimizer
+from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.engine.portable import portable_update
 from optax_lowmem.states import QuantizedState, check_state, leaf_streams, was_taken
 from optax_lowmem.trees import nnx_variables, pytrees

@@ -47,6 +47,11 @@ def owner(path, weights) -> int | None:
   return next((i for i in range(1, len(path) + 1) if path[i:] in weights), None)
 
 
+def prefix_in(path, entries) -> tuple | None:
+  """The shortest prefix of a path, the path included, that is in entries; None if none is."""
+  return next((path[:i] for i in range(len(path) + 1) if path[:i] in entries), None)
+
+
 def is_setting(path, leaf) -> bool:
   """True for a leaf that is not trained: no array and no number, or a number in a module.
 
@@ -61,7 +66,7 @@ def is_setting(path, leaf) -> bool:
 
 
 def without_settings(params, but: Collection[str] = ()):
-  """The tree with None in the place of each setting; names in ``but`` stay."""
+  """Replaces each setting by None, except those whose names are in ``but``."""
   drop = lambda path, x: None if is_setting(path, x) and name_of(path) not in but else x
   return jax.tree_util.tree_map_with_path(drop, params)
 
