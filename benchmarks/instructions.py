@@ -32,6 +32,9 @@ STEPS = {  # the optimizer to compile -> bytes that its step moves an element
   'adamw(1e-3, weights="bf16+0")': 10.25,
   'adamw(1e-3, weights="fp16+8")': 12.25,
   'adamw(1e-3, mu="bf16", nu="bf16", implementation="mosaic_gpu")': 16,
+  'adamw(1e-3, nu="int4")': 11.25,
+  'adamw(1e-3, weights="bf16+0", nu="int4")': 9.25,
+  'adamw(1e-3, weights="bf16+0", mu="int4", nu="int4")': 8.25,
   "lion(1e-4)": 10.125,
   "sgd(0.1, momentum=0.9)": 10.125,
 }

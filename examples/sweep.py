@@ -31,6 +31,7 @@ LOW_ROUNDING = tuple(
   for dtype, bits in itertools.product(("bf16", "fp16"), (0, 1, 2, 3, 4))
 ) + tuple(f"{dtype}+3:stochastic/fp32" for dtype in ("bf16", "fp16"))
 STATISTICS = ("bf16+8/int8", "bf16+8/bf16", "fp16+8/int8", "bf16+0/int8")
+INT4 = ("bf16+8/int8-int4", "bf16+0/int8-int4", "bf16+0/int4")
 SHORT = (
   *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
   *("bf16+8:stochastic/fp32", "bf16+8/int8", "fp16+8/int8"),
@@ -57,13 +58,16 @@ class Plan(NamedTuple):
 
 EVERYTHING = (*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING)
 PLAN = {
-  "t5": Plan(EVERYTHING, T5),
+  "t5": Plan((*EVERYTHING, *INT4), T5),
   "dlrm": Plan(EVERYTHING),
-  "lstm": Plan(EVERYTHING),
+  "lstm": Plan((*EVERYTHING, *INT4)),
   "resnet18": Plan(SHORT, "--width 8 --steps 300"),
   "dcgan": Plan((*SHORT, "fp16"), "--width 8 --steps 500"),
   "clip": Plan(CLIP, "--no-checkpointing"),  # checkpointing changes only memory and time
-  "shakespeare": Plan(SHORT),
+  "shakespeare": Plan((*SHORT, *INT4)),
+  "b2": Plan(
+    ("fp32", "bf16", "bf16+8/int8", "bf16+0/int8", *INT4), f"{SMALL} --b2 0.95", "shakespeare"
+  ),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
   "muon": Plan(
     ("fp32", "bf16", "bf16+8/int8", "bf16+0/int8"),

@@ -25,12 +25,19 @@ FORMATS_HELP = """a format, or several separated by commas, each WEIGHTS or WEIG
 WEIGHTS: fp32 (Optax, float32); master-bf16, master-fp16 (Optax, float32 weights, the model computes
 in half precision); bf16, fp16 (Optax, naive half-precision weights); or a format of this library,
 for example bf16+8, optionally with roundings: bf16+4:truncate or bf16+4:nearest:stochastic (the
-second one rounds the half-precision part). STATISTICS: int8, bf16, fp16 or fp32 (int8)"""
+second one rounds the half-precision part). STATISTICS: int8, int4, bf16, fp16 or fp32 (int8), or
+two of them, such as int8-int4, the second one for second moments"""
 HALF = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
+STATISTICS = ("int8", "int4", "bf16", "fp16", "fp32")
 # (Optax's optimizer, ours, arguments of both, our names of the statistics).
 OPTIMIZERS: dict[str, tuple[Callable, Callable, dict, tuple[str, ...]]] = {
-  "adam": (optax.adam, lowmem.adam, {"b1": 0.9}, ("mu", "nu")),
-  "adamw": (optax.adamw, lowmem.adamw, {"b1": 0.9, "weight_decay": 0.01}, ("mu", "nu")),
+  "adam": (optax.adam, lowmem.adam, {"b1": 0.9, "b2": 0.999}, ("mu", "nu")),
+  "adamw": (
+    optax.adamw,
+    lowmem.adamw,
+    {"b1": 0.9, "b2": 0.999, "weight_decay": 0.01},
+    ("mu", "nu"),
+  ),
   "lion": (optax.lion, lowmem.lion, {"weight_decay": 0.1}, ("mu",)),
   "muon": (
     optax.contrib.muon,
@@ -67,7 +74,8 @@ class Format(NamedTuple):
   Attributes:
     name: its text in --format.
     weights: a format of this library; None for Optax.
-    statistics: the format of our optimizers' statistics.
+    statistics: the format of our optimizers' statistics; if it is two, such as
+      "int8-int4", the second one is for second moments.
     stored: the dtype of the stored weights.
     dtype: the dtype that the model computes in.
   """
@@ -87,8 +95,8 @@ class Format(NamedTuple):
 def parse_format(text: str) -> Format:
   """Parses one format of --format; the ValueError for a bad one says what is accepted."""
   weights, slash, statistics = text.partition("/")
-  if slash and statistics not in ("int8", "bf16", "fp16", "fp32"):
-    raise ValueError(f"format {text!r}: the accepted statistics are int8, bf16, fp16 and fp32")
+  if slash and not all(x in STATISTICS for x in statistics.split("-", 1)):
+    raise ValueError(f"format {text!r}: the accepted statistics are {', '.join(STATISTICS)}")
   if weights == "fp32" or weights in HALF or weights.removeprefix("master-") in HALF:
     if slash:
       raise ValueError(f"format {text!r}: only formats such as bf16+8 have /STATISTICS")
@@ -139,7 +147,8 @@ def bare_optimizer(fmt: Format, args, seed: int = 0, weights=None):
   if fmt.weights is None:
     return theirs(schedule, **options)
   formats = weights or (lambda path, leaf: fmt.weights if leaf.ndim > 1 else "fp32")
-  stored = dict.fromkeys(statistics, fmt.statistics)
+  first, _, second = fmt.statistics.partition("-")
+  stored = {name: second if second and name.endswith("nu") else first for name in statistics}
   return ours(schedule, **options, **stored, weights=formats, key=seed)
 
 
@@ -301,6 +310,7 @@ def make_parser(
   add("--steps", type=positive(int), help="training steps (%(default)s)")
   add("--batch", type=positive(int), help="examples in a batch (%(default)s)")
   add("--learning-rate", type=positive(float), help="peak learning rate (%(default)s)")
+  add("--b2", type=positive(float), help="Adam's decay of second moments (%(default)s)")
   add("--clip-norm", type=positive(float), help="largest global norm of gradients (%(default)s)")
   add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="output folder (%(default)s)")
   flag = lambda option: "--" + option.replace("_", "-")
@@ -308,7 +318,7 @@ def make_parser(
     add(flag(size), type=positive(int), default=default, help="(%(default)s)")
   short = ", ".join(f"{flag(option)} {value}" for option, value in quick.items())
   add("--quick", action="store_true", help=f"a minute's run: {short}")
-  parser.set_defaults(checkpointing=False, quick_options=quick)
+  parser.set_defaults(checkpointing=False, quick_options=quick, b2=0.999)
   parser.set_defaults(**defaults)
   return parser
 

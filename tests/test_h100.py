@@ -151,6 +151,10 @@ OPTIMIZERS = {
   "bf16 moments": (
     lambda: lowmem.adamw(1e-3, weights="bf16+16", mu="bf16", nu="bf16"), 8.0, 0.001, 0.001
   ),
+  "int4 second moments": (lambda: lowmem.adamw(1e-3, nu="int4"), 4.625, 0.001, 2.001),
+  "int4": (
+    lambda: lowmem.adamw(1e-3, weights="bf16+0", mu="int4", nu="int4"), 3.125, 0.001, 2.001
+  ),
   "lion": (lambda: lowmem.lion(1e-3), 4.0625, 0.001, 2.001),
   "momentum": (lambda: lowmem.sgd(0.1, momentum=0.9), 4.0625, 0.001, 2.001),
 }  # fmt: skip
@@ -179,6 +183,7 @@ STEP_KERNELS = {
     {"weights": "fp16+16", "mu": "fp16", "nu": "fp16", "nesterov": True, "eps_root": 1e-8},
   ),
   "bf16+0": (lowmem.adamw, {"weights": "bf16+0", "mu": "bf16"}),
+  "int4": (lowmem.adamw, {"nu": "int4"}),
   "lion": (lowmem.lion, {}),
   "momentum": (lowmem.sgd, {"momentum": 0.9, "nesterov": True}),
 }

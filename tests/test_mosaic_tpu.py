@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
-from test_fused_update import INT8, STATISTICS, adam, make_leaf
+from test_fused_update import INT8, PACKED, STATISTICS, adam, make_leaf
 from test_not_finite import lion
 
 import optax_lowmem as lowmem
@@ -61,6 +61,18 @@ def test_shapes(shape):
 def test_formats(fmt, name):
   leaf = make_leaf((32, 256), fmt, STATISTICS[name])
   results = (step(leaf, how, fmt, STATISTICS[name]) for how in ("mosaic_tpu", "xla"))
+  assert_trees_equal(*results)
+
+
+@pytest.mark.parametrize("shape", [(33, 512), (2, 3, 5, 256), (8, 4352)], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_codes(shape, name):
+  """A register of bytes is two of codes; one tile and several."""
+  fmt, formats = "bf16+0", PACKED[name]
+  leaf = make_leaf(shape, fmt, formats)
+  assert mosaic_tpu.takes(shape, shape, True, True)
+  assert not mosaic_tpu.takes((8, 384), (8, 384), True, True)
+  results = (step(leaf, how, fmt, formats) for how in ("mosaic_tpu", "xla"))
   assert_trees_equal(*results)
 
 

@@ -46,6 +46,8 @@ FORMATS = {
   "bf16+0, int8": lambda: lowmem.adamw(1e-3, weights="bf16+0"),
   "bf16+16, bf16": lambda: lowmem.adamw(1e-3, weights="bf16+16", mu="bf16", nu="bf16"),
   "bf16+8, fp32": lambda: lowmem.adamw(1e-3, mu="fp32", nu="fp32"),
+  "bf16+8, int8 and int4": lambda: lowmem.adamw(1e-3, nu="int4"),
+  "bf16+0, int4": lambda: lowmem.adamw(1e-3, weights="bf16+0", mu="int4", nu="int4"),
   "fp16+8, fp16": lambda: lowmem.adamw(1e-3, weights="fp16+8", mu="fp16", nu="fp16"),
   "adam": lambda: lowmem.adam(1e-3, nesterov=True),
   "lion": lambda: lowmem.lion(1e-3),

@@ -27,6 +27,7 @@ these laws with others.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -178,7 +179,7 @@ def pack(codes: jax.Array, fmt: StateFormat) -> jax.Array:
   if c.shape[-1] % 2:
     c = jnp.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, 1)])
   c = c.reshape(*c.shape[:-1], c.shape[-1] // 2, 2)
-  byte = (c[..., 0] & 0xF) | ((c[..., 1] & 0xF) << 4)
+  byte = byte_of(c[..., 0], c[..., 1])
   return jax.lax.bitcast_convert_type(byte.astype(jnp.uint8), struct.dtype).reshape(struct.shape)
 
 
@@ -187,13 +188,23 @@ def unpack(stored: jax.Array, fmt: StateFormat) -> jax.Array:
   if not fmt.is_packed:
     return stored
   byte = stored.reshape(*(stored.shape or (1,)), 1).astype(_I32)
-  # A broadcast: XLA would not fuse a concatenation. The first shift puts the sign in place.
-  c = byte << (28 - 4 * jax.lax.iota(_I32, 2))
-  c = ((c.astype(_U32) >> _U32(28)) if fmt.is_square else (c >> 28)).astype(fmt.dtype)
+  # A broadcast: XLA would not fuse a concatenation.
+  c = code_in(byte, jax.lax.iota(_I32, 2), fmt).astype(fmt.dtype)
   c = c.reshape(*byte.shape[:-2], 2 * byte.shape[-2])
   if stored.dtype == jnp.int8:  # an odd last axis
     c = c[..., :-1]
   return c if stored.shape else c.reshape(())
+
+
+def byte_of(first, second):
+  """Two integer codes -> the byte that holds them, in int32."""
+  return (first & 0xF) | ((second & 0xF) << 4)
+
+
+def code_in(byte, which, fmt: StateFormat):
+  """A byte in int32 -> the first (0) or second (1) code in it, int32."""
+  c = byte << (28 - 4 * which)  # puts the sign in place
+  return (c.astype(_U32) >> _U32(28)).astype(_I32) if fmt.is_square else c >> 28
 
 
 def quantize(
@@ -283,17 +294,21 @@ def _largest(magnitudes_KxB):
   return jnp.max(magnitudes_KxB, axis=-1)
 
 
-def quantize_blocks(x_KxB, fmt: StateFormat, bits_KxB, across, largest=_largest):
+def quantize_blocks(parts_KxB, fmt: StateFormat, bits_KxB, across, largest=_largest, old_K=None):
   """``quantize`` of a tile of blocks: (codes, scales); scales is None if the format has none.
 
-  across broadcasts [K] to [K, B]; largest reduces int32 [K, B] to [K].
+  parts_KxB are the blocks' values in one or more parts, and bits_KxB their random
+  bits; the codes come in the same parts. across broadcasts [K] to [K, B]; largest
+  reduces int32 [K, B] to [K]; old_K are the scales before.
   """
   if not fmt.has_scale:
-    return quantize(x_KxB, fmt, bits_KxB), None
-  x_KxB = jnp.sqrt(x_KxB) if fmt.is_square else x_KxB
-  largest_K = largest(magnitude_bits(x_KxB).astype(_I32)).astype(_U32)
-  scale_K = arithmetic.low_of(scale_code(largest_K, fmt), jnp.bfloat16)
-  return encode(x_KxB, scale_K, fmt, bits_KxB, across), scale_K
+    return list(map(quantize, parts_KxB, [fmt] * len(parts_KxB), bits_KxB)), None
+  parts_KxB = [jnp.sqrt(x) if fmt.is_square else x for x in parts_KxB]
+  of_parts_K = [largest(magnitude_bits(x).astype(_I32)) for x in parts_KxB]
+  code_K = scale_code(functools.reduce(jnp.maximum, of_parts_K).astype(_U32), fmt)
+  scale_K = arithmetic.low_of(held(code_K, old_K, fmt), jnp.bfloat16)
+  pairs = zip(parts_KxB, bits_KxB, strict=True)
+  return [encode(x, scale_K, fmt, bits, across) for x, bits in pairs], scale_K
 
 
 def read_again(stored: Blocks, scale: jax.Array, fmt: StateFormat) -> Blocks:

@@ -60,10 +60,11 @@ def fused_update(
       the key's stream, each pair of statistics with the halves of a further lane.
     when: a bool scalar. If it is False, nothing changes, bit for bit.
     implementation: None, ``"xla"``, ``"mosaic_gpu"`` (residuals of 0, 8 or 16
-      bits; statistics in ``"bf16"``, ``"fp16"`` or ``"int8"``; XLA steps large leaves
-      whose rows end in a short block, unless the kernel's tiles cover nearly all of
-      them) or ``"mosaic_tpu"`` (the same residuals, every statistic but ``"int4"``;
-      XLA steps small leaves and those whose last axis is no multiple of 128). None
+      bits; every statistic but ``"fp32"``; XLA steps large leaves whose rows end in a
+      short block, unless the kernel's tiles cover nearly all of them, and with
+      ``"int4"`` gradients of another dtype than the weight's) or ``"mosaic_tpu"``
+      (the same residuals, every statistic; XLA steps small leaves and those whose
+      last axis is no multiple of 128, with ``"int4"`` of 256). None
       takes the kernel on GPUs from Hopper on if a statistic has block scales and the
       gradient is no wider than the weight, and on TPUs from v5e on. Otherwise it
       takes XLA, which works in chunks on one CPU.
@@ -157,14 +158,16 @@ def step_leaves(
   rules = {shape or (1,): rest.at(shape or (1,)) for shape in known}
   is_flat = rest.takes_any_shape and not rest.is_wide
   fits = is_flat and (mesh is None or (shards is not None and shards.fit_words))
+  is_packed = any(f.is_packed for f in statistic_formats)
   # With lands, the new weights replace the gradients; a GPU's kernel has no other memory for them.
-  has_room = not lands or all(x.gradient.dtype == x.low.dtype for x in leaves)
+  # With packed codes, it reads both in pairs.
+  has_room = not (lands or is_packed) or all(x.gradient.dtype == x.low.dtype for x in leaves)
   is_whole = mesh is None and index is None
   kernels = {
     name: functools.partial(kernel.step, rules, formats, lands)
     for name, kernel in _KERNELS.items()
     if fits and not unfit[name] and (has_room or name == "mosaic_tpu")
-    if all(kernel.takes(*of, is_whole) for of in zip(shapes, stacks, strict=True))
+    if all(kernel.takes(*of, is_whole, is_packed) for of in zip(shapes, stacks, strict=True))
   }
   if implementation in kernels:
     kernel = kernels[implementation]
@@ -273,8 +276,8 @@ def _unfit(name: str, fmt: DeltaFormat, statistic_formats) -> str:
   if fmt.is_full_precision or fmt.residual_bits not in (0, 8, 16):
     return "half-precision weights with residuals of 0, 8 or 16 bits, which need no packing"
   found = {f.name for f in statistic_formats}
-  if name == "mosaic_gpu" and found & {"fp32", "int4"}:
-    return 'statistics in "bf16", "fp16" or "int8"'
-  if name == "mosaic_tpu" and "int4" in found:
-    return 'statistics in "fp32", "bf16", "fp16" or "int8"'
+  if name == "mosaic_gpu" and "fp32" in found:
+    return 'statistics in "bf16", "fp16", "int8" or "int4"'
+  if name == "mosaic_gpu" and "int4" in found and not tiles.HAS_STORE:
+    return 'statistics in "int4" with JAX 0.12 or newer'
   return ""

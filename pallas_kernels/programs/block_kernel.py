@@ -22,13 +22,13 @@ from pallas_kernels.programs.leaf import from_float32, in_float32
 from pallas_kernels.programs.tiles import HAS_STORE, TILE_ROWS, BlockLeaf
 
 
-def _block_layout(rows: int):
+def _block_layout(rows: int, width: int = BLOCK):
   """The layout of a tile of whole blocks over 128 threads; a block stays within one warp.
 
-  With 32 rows, a lane holds 8 neighbouring elements: 16-byte accesses at 16 bits
-  each.
+  With 32 rows, a lane holds 8 neighbouring elements, or 4 pairs: 16-byte accesses
+  at 16 bits an element.
   """
-  tiling = plgpu.Tiling(((rows, BLOCK), (rows // 4, BLOCK), (rows // 4,)))
+  tiling = plgpu.Tiling(((rows, width), (rows // 4, width), (rows * width // 128,)))
   return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
@@ -43,11 +43,12 @@ def blockwise(
   """Runs ``tile`` over the blocks of some arrays, as one kernel, in place.
 
   Args:
-    tile: ``(bits, valid, across, scalars, read, values, scales) -> (values,
-      scales)``, on arrays [rows, 32], and [rows] for scales. bits(lane) are the
-      stream's ``element_bits``. valid is a mask of the elements that exist, or
-      None if all do. across broadcasts [rows] to [rows, 32].
-    leaves: the arrays.
+    tile: ``(draws, across, scalars, read, values, scales) -> (values, scales)``, on
+      arrays [rows, 32], or [rows, 16] pairs of values, and [rows] for scales. draws
+      has (bits, valid), of pairs one for the first and one for the second values.
+      bits(lane) are the stream's ``element_bits``. valid is a mask of the elements
+      that exist, or None if all do. across broadcasts [rows] to an array.
+    leaves: the arrays, all of one width.
     scalars: the scalars for tile: float32, or exact in it (bools, integers).
     when: a bool; if False, nothing is written. None means True.
     index: an integer, the place of the arrays to step in their stacks; or None.
@@ -140,8 +141,8 @@ def rectangle(tile: Callable, leaf: BlockLeaf, scalars: Sequence[jax.Array], whe
       of_scales = [ref.at[here[0], block] for ref in leaf.scale_refs]
       scales = [plgpu.load(x, layout=layout.reduce(1), optimized=False) for x in of_scales]
       values = list(map(load, leaf.refs))
-      across = _across(layout, TILE_ROWS)
-      values, scales = tile(bits, None, across, numbers, load(leaf.read), values, scales)
+      across = _across(layout, (TILE_ROWS, BLOCK))
+      values, scales = tile([(bits, None)], across, numbers, load(leaf.read), values, scales)
       for ref, value in zip(leaf.refs, values, strict=True):
         plgpu.store(ref.at[here], value, optimized=False)
       for ref, scale in zip(of_scales, scales, strict=True):
@@ -171,9 +172,9 @@ def _compiler_params(overlaps: bool = False) -> plgpu.CompilerParams:
   )
 
 
-def _across(layout, rows: int):
-  """A function that broadcasts [rows] to [rows, 32] in a layout."""
-  return lambda x: plgpu.layout_cast(jax.lax.broadcast_in_dim(x, (rows, BLOCK), (0,)), layout)
+def _across(layout, shape: tuple[int, int]):
+  """A function that broadcasts [rows] to [rows, columns] in a layout."""
+  return lambda x: plgpu.layout_cast(jax.lax.broadcast_in_dim(x, shape, (0,)), layout)
 
 
 def _row_layout():
@@ -197,10 +198,10 @@ def _run_tiles(
   tile, rows: int, leaves: list[BlockLeaf], wholes, which, starts, index, scalars, shared_refs
 ):
   """Steps the tiles of one program in a kernel: those of the only array, or of number which."""
-  layout = _block_layout(rows)
-  row, column = (
-    plgpu.broadcasted_iota(jnp.uint32, (rows, BLOCK), axis, layout=layout) for axis in (0, 1)
-  )
+  shape = rows, leaves[0].read.shape[1]
+  in_one = BLOCK // shape[1]
+  layout = _block_layout(*shape)
+  row, column = (plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=layout) for axis in (0, 1))
 
   def first(leaf: BlockLeaf, start):
     """The place of the tile's first block in the array, and in the stack."""
@@ -229,7 +230,7 @@ def _run_tiles(
     del in_whole
     blocks = pl.ds(first(leaf, start)[1], rows)
     for ref, value in zip(leaf.refs, values, strict=True):
-      if rows == TILE_ROWS:
+      if rows == TILE_ROWS and in_one == 1:
         ref[blocks] = value
       else:  # Mosaic GPU cannot optimize a store of so narrow a tile
         plgpu.store(ref.at[blocks], value, optimized=False)
@@ -248,23 +249,28 @@ def _run_tiles(
     branches = [functools.partial(f, *of) for of in zip(leaves, wholes, strict=True)]
     return branches[0](*args) if which is None else jax.lax.switch(which, branches, *args)
 
-  across = _across(layout, rows)
+  across = _across(layout, shape)
 
   def run(loaded):
     (*words, blocks), read, values, scales = loaded
-    valid = None
+    length = None
     if leaves[0].key is None:
       if len(leaves[0].draws) % 2 == 0:
-        *words, first_places, valid = map(across, (*words, blocks))
-        valid = column.astype(jnp.int32) < valid
+        *words, first_places, length = map(across, (*words, blocks))
       else:
         *words, first_places = map(across, (*words, blocks))
-      place = first_places + column
     else:
       blocks = blocks if blocks.shape else row + blocks
-      place = blocks * jnp.uint32(BLOCK) + column
-    bits = lambda lane: element_bits(words, place, lane=lane)
-    return tile(bits, valid, across, scalars, read, values, scales)
+      first_places = blocks * jnp.uint32(BLOCK)
+
+    def draw(which: int):
+      element = column * jnp.uint32(in_one) + jnp.uint32(which) if in_one > 1 else column
+      place = first_places + element
+      valid = None if length is None else element.astype(jnp.int32) < length
+      return lambda lane: element_bits(words, place, lane=lane), valid
+
+    draws = list(map(draw, range(in_one)))
+    return tile(draws, across, scalars, read, values, scales)
 
   # Reads everything before it writes anything, because tiles may overlap.
   loaded = [choose(load, start) for start in starts]

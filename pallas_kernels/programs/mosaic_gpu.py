@@ -1,7 +1,8 @@
 """mosaic_gpu: the step of leaves as Mosaic GPU kernels, in one pass over memory, in place.
 
 A kernel holds a tile of blocks in registers while it computes their scales and then their
-codes. XLA takes a second pass over memory for the codes.
+codes. XLA takes a second pass over memory for the codes. With packed codes, it reads
+pairs of values.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ import numpy as np
 from pallas_kernels.formats.random_bits import Window
 from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.placement import implementations
-from pallas_kernels.programs import joined, tiles
+from pallas_kernels.programs import joined, pairs, tiles
 from pallas_kernels.programs.leaf import Leaf, bound, from_parts, is_small, stored_parts
-from pallas_kernels.programs.tile_step import tile_step
+from pallas_kernels.programs.tile_step import Part, tile_step
 
 # Leaves of one size in a kernel: more would save launches but add seconds of compile time.
 MOST_IN_A_KERNEL = 4
@@ -26,16 +27,19 @@ MOST_IN_A_KERNEL = 4
 MOST_SIZES = 24
 
 
-def takes(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> bool:
+def takes(shape, stack, is_whole: bool, is_packed: bool = False) -> bool:
   """Whether ``step`` takes a leaf: rows of whole blocks, or a small leaf of any shape.
 
-  A whole array may also be large if tiles of 32 x 32 leave little of it uncovered.
+  A whole array may also be large if tiles of 32 x 32 leave little of it uncovered; they do not
+  take it in pairs.
   """
   if all(map(tiles.takes_blocks, (shape, stack))):
     return True
   if not 0 < math.prod(stack) < implementations.MAX_SIZE:
     return False
-  return is_small(shape) or (is_whole and tiles.takes_rectangle(*joined.rows_of(shape)))
+  return is_small(shape) or (
+    is_whole and not is_packed and tiles.takes_rectangle(*joined.rows_of(shape))
+  )
 
 
 def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, windows=None):
@@ -43,7 +47,9 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
   from pallas_kernels.programs import block_kernel  # imported here because it imports Pallas
 
   windows = windows or [None] * len(leaves)
-  tile = functools.partial(_tile, rules, formats, lands)
+  kinds = _kinds(formats, leaves[0]) if any(f.is_packed for f in formats[1]) else None
+  tile = functools.partial(_tile, rules, formats, lands, kinds)
+  operands = functools.partial(_operands, lands, kinds)
   results: dict[int, Any] = {}
 
   @jax.jit  # lowers groups of one kind once
@@ -52,7 +58,7 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
       None if x is None else ((*leaf.low.shape[:-1], leaf.low.shape[-1] // BLOCK), x.shape)
       for leaf, x in zip(group, of, strict=True)
     ]
-    block_leaves = list(map(functools.partial(_operands, lands), group, of))
+    block_leaves = [operands(leaf, window) for leaf, window in zip(group, of, strict=True)]
     block_kernel.blockwise(tile, block_leaves, scalars, when, index, parts)
     return list(map(_frozen, group, block_leaves))
 
@@ -63,7 +69,7 @@ def step(rules, formats, lands, scalars, leaves: Sequence[Leaf], when, index, wi
 
   @jax.jit
   def joined_kernel(leaf: Leaf, draws):
-    written = _operands(lands, leaf, None, draws)
+    written = operands(leaf, None, draws)
     block_kernel.blockwise(tile, [written], scalars, when)
     return _frozen(leaf, written)
 
@@ -97,7 +103,7 @@ def _ragged(tile, joined_kernel, statistic_formats, lands, scalars, leaf: Leaf, 
   from pallas_kernels.programs import block_kernel  # imported here because it imports Pallas
 
   rows, n = joined.rows_of(leaf.gradient.shape)
-  written = _operands(lands, leaf, None, row=n)
+  written = _operands(lands, None, leaf, None, row=n)
   block_kernel.rectangle(tile, written, scalars, when)
   whole_rows, whole_columns = (x // BLOCK * BLOCK for x in (rows, n))
   right = np.arange(whole_rows, dtype=np.uint32) * np.uint32(n) + np.uint32(whole_columns)
@@ -132,24 +138,42 @@ def _ragged(tile, joined_kernel, statistic_formats, lands, scalars, leaf: Leaf, 
   return _frozen(leaf, written)
 
 
-def _tile(rules, formats, lands, bits, valid, across, scalars, *tiles_T):
+def _kinds(formats, leaf: Leaf) -> list[pairs.Kind]:
+  """The kinds of a leaf's weight (and gradient), residual and statistics."""
+  of_weight = [x.dtype for x in (leaf.low, leaf.delta) if x is not None]
+  return of_weight + [f if f.is_packed else f.dtype for f in formats[1]]
+
+
+def _tile(rules, formats, lands, kinds, draws, across, scalars, read_T, values_T, scales_K):
   """Steps a tile of blocks in registers."""
   # Values that are read by their bits are no products.
   products = False, False, *(f.has_scale for f in formats[1])
   rule = bound(rules, scalars, products=products)
-  return tile_step(rule, formats, lands, bits, valid, across, *tiles_T)
+  tiles_T, types = [(read_T, *values_T)], [x.dtype for x in values_T]
+  if kinds is not None:
+    apart = map(pairs.taken_apart, (read_T, *values_T), (kinds[0], *kinds))
+    tiles_T = list(zip(*apart, strict=True))
+  parts = [
+    Part(bits, valid, of_read, of_values)
+    for (bits, valid), (of_read, *of_values) in zip(draws, tiles_T, strict=True)
+  ]
+  new, scales_K = tile_step(rule, formats, lands, parts, across, scales_K)
+  return (new[0] if kinds is None else list(map(pairs.put_together, *new, kinds, types))), scales_K
 
 
 def _operands(
-  lands, leaf: Leaf, window: Window | None, draws=None, row: int = BLOCK
+  lands, kinds, leaf: Leaf, window: Window | None, draws=None, row: int = BLOCK
 ) -> tiles.BlockLeaf:
-  blocks = lambda x: x.reshape(-1, row)
   gradient, low = leaf.gradient, leaf.low
   if lands:
     gradient, low = low, gradient
   values, scales = stored_parts(low, leaf.delta, leaf.statistics)
   scales = [x.reshape(-1) if row == BLOCK else x.reshape(-1, -(-row // BLOCK)) for x in scales]
-  refs, scale_refs = [jax.new_ref(blocks(x)) for x in values], list(map(jax.new_ref, scales))
+  if kinds is None:
+    gradient, *values = (x.reshape(-1, row) for x in (gradient, *values))
+  else:
+    gradient, *values = map(pairs.view, (gradient, *values), (kinds[0], *kinds))
+  refs, scale_refs = list(map(jax.new_ref, values)), list(map(jax.new_ref, scales))
   start, rows = None, tuple[jax.Array, ...]()
   if window is not None:
     start = jnp.stack([jnp.asarray(x, jnp.int32) for x in window.start])
@@ -157,14 +181,14 @@ def _operands(
     rows = tuple(x.reshape(-1) for x in (*draws.words, draws.first))
     if draws.length is not None:
       rows = (*rows, draws.length)
-  return tiles.BlockLeaf(leaf.stream, blocks(gradient), refs, scale_refs, start, rows)
+  return tiles.BlockLeaf(leaf.stream, gradient, refs, scale_refs, start, rows)
 
 
 def _frozen(leaf: Leaf, written: tiles.BlockLeaf):
   """The results of the kernel, in the shapes of the leaf."""
   values, scales = (list(map(jax.freeze, refs)) for refs in (written.refs, written.scale_refs))
   old = leaf[1:4]
-  return jax.tree.map(lambda x, y: x.reshape(y.shape), from_parts(old, values, scales), old)
+  return jax.tree.map(pairs.restored, from_parts(old, values, scales), old)
 
 
 def _in_blocks(window: Window | None) -> Window | None:

@@ -2,7 +2,8 @@
 
 A grid walks tiles of [rows, lanes] through VMEM. Inside, a tile of 32 x 128 values, the
 native tile of int8, stays in registers: four blocks a row. A block's maximum goes to all of
-its lanes by exchanges of lanes, and its scale is picked by a gather within the register.
+its lanes by exchanges of lanes, and its scale is picked by a gather within the register. A
+register of packed codes holds those of two such tiles.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import arithmetic
+from pallas_kernels.formats import arithmetic, state_formats
 from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
 from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.placement import implementations
@@ -26,7 +27,7 @@ from pallas_kernels.programs.leaf import (
   is_small,
   stored_parts,
 )
-from pallas_kernels.programs.tile_step import tile_step
+from pallas_kernels.programs.tile_step import Part, tile_step
 
 LANES, SUBLANES = 128, 32  # the native tile of int8
 # A tile's lanes in VMEM: as many as 128 scales cover. Its values: 6 MB with both buffers.
@@ -36,10 +37,10 @@ TILE_VALUES = 1 << 17
 _I32, _U32 = jnp.int32, jnp.uint32
 
 
-def takes(shape: tuple[int, ...], stack: tuple[int, ...], is_whole: bool) -> bool:
+def takes(shape, stack, is_whole: bool, is_packed: bool = False) -> bool:
   """Whether ``step`` takes a leaf: a large one, of whole registers along its last axis."""
   del is_whole
-  is_in_registers = len(shape) >= 2 and shape[-1] % LANES == 0
+  is_in_registers = len(shape) >= 2 and shape[-1] % (LANES << is_packed) == 0
   return is_in_registers and not is_small(shape) and math.prod(stack) < implementations.MAX_SIZE
 
 
@@ -94,6 +95,8 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
   read, written = (leaf.low, leaf.gradient) if lands else (leaf.gradient, leaf.low)
   values, scales = stored_parts(written, leaf.delta, leaf.statistics)
   in_place = list(map(merged, (*values, *scales)))
+  of_weight = len(values) - len(leaf.statistics)
+  packed = {of_weight + i: f for i, f in enumerate(formats[1]) if f.is_packed}
   # New weights that land replace the gradients only if these have their dtype.
   types = [_as_bits(leaf.low).dtype, *(x.dtype for x in in_place[1:])]
 
@@ -116,9 +119,13 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
 
   def step_tile(rule, bits, read_T, values_T, scales_T, largest):
     read_T = _of_bits(read_T, read.dtype)
-    values_T = [_of_bits(x_T, x.dtype) for x_T, x in zip(values_T, values, strict=True)]
-    new_T, scales_T = tile_step(
-      rule, formats, lands, bits, None, lambda x: x, read_T, values_T, scales_T, largest=largest
+    values_T = [
+      x_T if i in packed else _of_bits(x_T, x.dtype)
+      for i, (x_T, x) in enumerate(zip(values_T, values, strict=True))
+    ]
+    parts = [Part(bits, None, read_T, values_T)]
+    (new_T,), scales_T = tile_step(
+      rule, formats, lands, parts, lambda x: x, scales_T, largest=largest
     )
     return list(map(_as_bits, new_T)), scales_T
 
@@ -128,7 +135,7 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
     words = [words_ref[i] for i in range(leaf.stream.shape[0])]
     split = lambda refs: (refs[: len(values)], refs[len(values) :])
     run = functools.partial(
-      _run_tile, tiling, functools.partial(step_tile, rule),
+      _run_tile, tiling, packed, functools.partial(step_tile, rule),
       functools.partial(places, integers_ref), words, read_ref, split(olds), split(news),
     )  # fmt: skip
 
@@ -142,17 +149,17 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
       pl.when(integers_ref[0] != 0)(run)
       pl.when(integers_ref[0] == 0)(copy)
 
-  def spec(x, is_stacked: bool):
-    is_scale = x.shape[-1] != tiling.n
-    width = min(x.shape[-1], tiling.lanes // BLOCK) if is_scale else tiling.lanes
+  def spec(x, is_stacked: bool, in_lane: int = 1):
+    width = min(x.shape[-1], tiling.lanes // in_lane)
     where = lambda i, j, k, integers: (i, j, k)
     if is_stacked:
       where = lambda i, j, k, integers: (integers[1] * tiling.lead + i, j, k)
     return pl.BlockSpec((1, tiling.tile_rows, width), where)
 
   is_stacked = index is not None
+  in_lane = [2 if i in packed else 1 for i in range(len(values))] + [BLOCK] * len(scales)
   specs = [spec(in_place[0], is_stacked and not lands)]
-  specs += [spec(x, is_stacked) for x in in_place[1:]]
+  specs += [spec(x, is_stacked, k) for x, k in zip(in_place[1:], in_lane[1:], strict=True)]
   scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
   aliases = {4 + i: i for i, x in enumerate(in_place) if x.dtype == types[i]}
   if implementations.interpreter_is_forced() and not tiling.is_exact:
@@ -174,11 +181,12 @@ def _step(rules, formats, lands, scalars, leaf: Leaf, window: Window | None, whe
   return jax.tree.map(lambda x, y: _of_bits(x, y.dtype).reshape(y.shape), new, old)
 
 
-def _run_tile(tiling: _Tiling, step_tile, places, words, read_ref, olds, news):
+def _run_tile(tiling: _Tiling, packed, step_tile, places, words, read_ref, olds, news):
   """Steps a tile in VMEM, 32 x 128 values at a time.
 
   Args:
     tiling: the grid's.
+    packed: the values that are packed codes: their number -> their format.
     step_tile: ``(bits, read, values, scales, largest) -> (values, scales)``, in registers.
     places: (rows, lanes) -> the elements' places in the whole leaf.
     words: the words of the stream.
@@ -193,6 +201,7 @@ def _run_tile(tiling: _Tiling, step_tile, places, words, read_ref, olds, news):
   row_T = jax.lax.broadcasted_iota(_I32, (SUBLANES, LANES), 0)
   lane_T = jax.lax.broadcasted_iota(_I32, (SUBLANES, LANES), 1)
   in_register = LANES // BLOCK  # scales
+  registers = 2 if packed else 1  # to a register of bytes
   largest = functools.partial(_largest, lane_T, pltpu.roll)
 
   def run_rows(i, carry):
@@ -200,7 +209,7 @@ def _run_tile(tiling: _Tiling, step_tile, places, words, read_ref, olds, news):
     rows = 0, pl.ds(first_row, SUBLANES)
     old = [_as_register(ref[rows]) for ref in old_scales]
 
-    def run(j, new):
+    def step_register(j, codes):
       first_lane = pl.multiple_of(j * LANES, LANES)
       here = (*rows, pl.ds(first_lane, LANES))
       places_T = places(
@@ -211,19 +220,32 @@ def _run_tile(tiling: _Tiling, step_tile, places, words, read_ref, olds, news):
       values_T, scales_T = step_tile(
         lambda lane: element_bits(words, places_T, lane=lane),
         read_ref[here],
-        [ref[here] for ref in old_values],
+        [codes[i] if i in packed else ref[here] for i, ref in enumerate(old_values)],
         [_low(jnp.take_along_axis(x, which_T, axis=1)) for x in old],
         largest,
       )
-      for ref, x_T in zip(new_values, values_T, strict=True):
-        ref[here] = x_T
+      for i, (ref, x_T) in enumerate(zip(new_values, values_T, strict=True)):
+        if i not in packed:
+          ref[here] = x_T
       first_T = lane_T % in_register * BLOCK
       scales_T = [jnp.take_along_axis(arithmetic.widen(x), first_T, axis=1) for x in scales_T]
-      is_here_T = lane_T // in_register == j
-      return [jnp.where(is_here_T, x, y) for x, y in zip(scales_T, new, strict=True)]
+      return lane_T // in_register == j, scales_T, {i: values_T[i] for i in packed}
+
+    def run(j, new):
+      here = (*rows, pl.ds(pl.multiple_of(j * LANES, LANES), LANES))
+      bytes_T = {i: old_values[i][here].astype(_I32) for i in packed}
+      made = []
+      for half in range(registers):
+        codes = {i: _codes_in(lane_T, half, bytes_T[i], f) for i, f in packed.items()}
+        is_here_T, scales_T, codes = step_register(registers * j + half, codes)
+        new = [jnp.where(is_here_T, x, y) for x, y in zip(scales_T, new, strict=True)]
+        made.append(codes)
+      for i in packed:
+        new_values[i][here] = _bytes_of(lane_T, pltpu.roll, *(codes[i] for codes in made))
+      return new
 
     zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * len(old)
-    new = jax.lax.fori_loop(0, tiling.lanes // LANES, run, zeros)
+    new = jax.lax.fori_loop(0, tiling.lanes // LANES // registers, run, zeros)
     for ref, x in zip(new_scales, new, strict=True):
       ref[rows] = _low(x)[:, : ref.shape[-1]]
     return carry
@@ -239,6 +261,22 @@ def _largest(lane_T, roll, x_T):
     x_T = jnp.maximum(x_T, other_T)
     shift *= 2
   return x_T
+
+
+def _codes_in(lane_T, half: int, bytes_T, fmt):
+  """A register of bytes, int32 -> the codes in its first or second half, int32."""
+  of_T = jnp.take_along_axis(bytes_T, half * (LANES // 2) + lane_T // 2, axis=1)
+  return state_formats.code_in(of_T, lane_T & 1, fmt)
+
+
+def _bytes_of(lane_T, roll, *codes):
+  """The inverse: two registers of codes -> one of bytes, uint8."""
+  # An even lane gets both codes.
+  wide_T = [x_T.astype(_I32) for x_T in codes]
+  bytes_T = [state_formats.byte_of(x_T, roll(x_T, LANES - 1, 1)) for x_T in wide_T]
+  even_T = lane_T % (LANES // 2) * 2
+  first_T, second_T = (jnp.take_along_axis(x_T, even_T, axis=1) for x_T in bytes_T)
+  return jnp.where(lane_T < LANES // 2, first_T, second_T).astype(jnp.uint8)
 
 
 def _as_register(scales):
