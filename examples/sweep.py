@@ -32,6 +32,7 @@ LOW_ROUNDING = tuple(
 ) + tuple(f"{dtype}+3:stochastic/fp32" for dtype in ("bf16", "fp16"))
 STATISTICS = ("bf16+8/int8", "bf16+8/bf16", "fp16+8/int8", "bf16+0/int8")
 INT4 = ("bf16+8/int8-int4", "bf16+0/int8-int4", "bf16+0/int4")
+BY_STATISTICS = ("fp32", "bf16", "bf16+8/int8", "bf16+0/int8", *INT4)
 SHORT = (
   *("fp32", "master-bf16", "bf16", "bf16+0:truncate/fp32", "bf16+0:stochastic/fp32"),
   *("bf16+8:stochastic/fp32", "bf16+8/int8", "fp16+8/int8"),
@@ -49,11 +50,13 @@ class Plan(NamedTuple):
     formats: the formats of weights and statistics.
     options: options that override the example's defaults.
     example: the module of the example; None if the plan has its name.
+    seeds: the most seeds that it runs.
   """
 
   formats: tuple[str, ...]
   options: str = ""
   example: str | None = None
+  seeds: int = 1 << 10
 
 
 EVERYTHING = (*BASELINES, *STATISTICS, *BITS, *LOW_ROUNDING)
@@ -65,9 +68,8 @@ PLAN = {
   "dcgan": Plan((*SHORT, "fp16"), "--width 8 --steps 500"),
   "clip": Plan(CLIP, "--no-checkpointing"),  # checkpointing changes only memory and time
   "shakespeare": Plan((*SHORT, *INT4)),
-  "b2": Plan(
-    ("fp32", "bf16", "bf16+8/int8", "bf16+0/int8", *INT4), f"{SMALL} --b2 0.95", "shakespeare"
-  ),
+  "b2": Plan(BY_STATISTICS, f"{SMALL} --b2 0.95", "shakespeare"),
+  "long": Plan(BY_STATISTICS, f"{SMALL} --steps 4000", "shakespeare", seeds=1),
   "lion": Plan(OTHERS, f"{SMALL} --optimizer lion --learning-rate 1e-4", "shakespeare"),
   "muon": Plan(
     ("fp32", "bf16", "bf16+8/int8", "bf16+0/int8"),
@@ -151,7 +153,8 @@ def main():
   for example in args.examples or PLAN:
     known = done(example)
     for fmt in dict.fromkeys(PLAN[example].formats):
-      seeds = [seed for seed in range(args.seeds) if (fmt, seed) not in known]
+      count = min(args.seeds, PLAN[example].seeds)
+      seeds = [seed for seed in range(count) if (fmt, seed) not in known]
       if seeds:
         jobs.append((example, fmt, seeds))
   print(f"{len(jobs)} formats to train, on {len(cores)} cores", flush=True)
