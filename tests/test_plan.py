@@ -3,8 +3,10 @@
 import functools
 import importlib
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 from flax import nnx
@@ -207,6 +209,22 @@ def test_bad_input(monkeypatch):
   targets.gpus.cache_clear()
   with pytest.raises(ModuleNotFoundError, match=r"b200.*optax_lowmem\[plan\]"):
     lowmem.plan(train_step(tx), *args, device="b200")
+
+
+@pytest.mark.skipif(h100.sharding() is None, reason="the h100 extra is not installed")
+def test_a_gpu_after_jax_has_started():
+  """Without a driver, JAX drops its plugin when it starts; the plan brings it back."""
+  program = """
+import jax, jax.numpy as jnp, optax_lowmem as lowmem
+x = jnp.ones(8)
+print(lowmem.plan(lambda x: x + 1, x, device="h100").device, x.sum())
+"""
+  ours = ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+  fresh = {name: value for name, value in os.environ.items() if name not in ours}
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=fresh, capture_output=True, text=True, check=True
+  )
+  assert done.stdout == "NVIDIA H100 80GB HBM3 8.0\n"
 
 
 def test_targets_are_consistent():

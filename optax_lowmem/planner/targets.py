@@ -1,7 +1,9 @@
 """targets: GPUs and TPUs as data, and the devices that XLA compiles for without having them."""
 
 import functools
+import importlib
 import os
+import pkgutil
 from typing import NamedTuple
 
 import jax
@@ -112,14 +114,32 @@ def gpus(target: str, topology: str = "1x1x1"):
   from jax.experimental import topologies  # here: it is not imported with JAX
 
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to check
-  text = TARGETS[target].description
+  describe = functools.partial(
+    topologies.get_topology_desc, "", platform="cuda", topology=topology,
+    target_config=TARGETS[target].description,
+  )  # fmt: skip
   try:
-    found = topologies.get_topology_desc("", platform="cuda", target_config=text, topology=topology)
+    try:
+      found = describe()
+    except NotImplementedError:  # JAX started before, checked for cuDNN, and dropped the plugin
+      _start_plugin()
+      found = describe()
   except Exception as error:  # the plugin's own kinds; only a missing plugin is expected
     if "cuda" not in str(error).lower():
       raise
     raise ModuleNotFoundError(_missing(target, "plan")) from error
   return found.devices
+
+
+def _start_plugin():
+  """Starts JAX's plugin for NVIDIA GPUs; without one, it does nothing."""
+  try:
+    import jax_plugins
+  except ModuleNotFoundError:
+    return
+  for module in pkgutil.iter_modules(jax_plugins.__path__):
+    if module.name.startswith("xla_cuda"):
+      importlib.import_module(f"jax_plugins.{module.name}").initialize()
 
 
 @functools.cache
