@@ -3,6 +3,7 @@
   python -m benchmarks.muon h100-compile
   python -m benchmarks.muon cpu
   python -m benchmarks.muon mesh
+  python -m benchmarks.muon rounding
 
 h100-compile: compiles training steps for GPUs that need not be present (the `plan` extra)
 and reads their memory with `lowmem.plan`: 0.5B parameters in 16 stacked layers, and a model
@@ -15,13 +16,20 @@ leaves. All take turns within one process.
 mesh: lists what the optimizer's step communicates on eight H100s, by collectives of the
 compiled program; one in a loop over layers counts once.
 
+rounding: trains the GPT of the sweep (`examples.sweep`, plan "muon") with momenta in several
+formats, rounded stochastically and to nearest, and compares held-out losses with those of
+`optax.contrib.muon` in float32, seed by seed (half an hour on a core; needs `make data`).
+
 Each command prints tables and writes `benchmarks/results/muon_NAME.json`.
 """
 
 import argparse
 import functools
+import itertools
+import math
 import os
 import statistics
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +43,10 @@ from benchmarks.release import stacked_loss, unreleased
 from benchmarks.step import both_seconds, log, nbytes, report
 import optax_lowmem as lowmem
 from optax_lowmem.planner import targets
+from pallas_kernels.formats import state_formats
 
 GIB = 2**30
+SEEDS = range(3)
 WIDTH = 1664
 HALF_BILLION = {
   "layers": {
@@ -222,12 +232,53 @@ def mesh() -> dict:
   return {"device": "compiled for, not run", "tables": {title: found}}
 
 
+def _trained(fmt: str) -> list[float]:
+  """The held-out losses of the plan's GPT in a format, by seed."""
+  from examples import shakespeare, sweep, training
+
+  options = ["--format", fmt, *sweep.PLAN["muon"].options.split()]
+  args = training.parse(shakespeare.make_parser(), options)
+  found = training.train(shakespeare.make_task, args.formats[0], args, SEEDS, show=False)
+  return [run["figures"]["held-out loss"] for run in found]
+
+
+def rounding() -> dict:
+  """Compares roundings of the momentum by training."""
+  jax.config.update("jax_platforms", "cpu")
+  encode = state_formats.encode
+
+  def to_nearest(x, scale, fmt, bits, across=None):
+    if not fmt.is_square:
+      bits = jnp.full_like(bits, 1 << 31)  # one half
+    return encode(x, scale, fmt, bits, across)
+
+  base, rows = np.array(_trained("fp32")), []
+  roundings = {"stochastic": encode, "nearest": to_nearest}
+  for momentum, name in [("fp32", "stochastic"), ("bf16", "stochastic"),
+                         *itertools.product(("int8", "int4"), roundings)]:  # fmt: skip
+    with mock.patch.object(state_formats, "encode", roundings[name]):
+      jax.clear_caches()
+      worse = np.array(_trained(f"bf16+8/{momentum}-int8")) - base
+    rows.append(
+      {
+        "momentum": momentum,
+        "rounding": "none" if momentum == "fp32" else name,
+        "held-out loss, worse by": worse.mean(),
+        "standard error": worse.std(ddof=1) / math.sqrt(len(worse)),
+        "relative": f"{worse.mean() / base.mean():+.2%}",
+      }
+    )
+    log(rows[-1])
+  title = f"Muon, the sweep's GPT, bf16+8, {len(SEEDS)} seeds; float32: {base.mean():.4f}"
+  return {"device": "CPU", "tables": {title: rows}}
+
+
 def main():
   """Runs one command, prints its tables and writes them to a file."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  commands = {"h100-compile": h100_compile, "cpu": cpu, "mesh": mesh}
+  commands = {"h100-compile": h100_compile, "cpu": cpu, "mesh": mesh, "rounding": rounding}
   parser.add_argument("command", choices=commands)
   args = parser.parse_args()
   report(commands[args.command], "muon_" + args.command.replace("-", "_"))

@@ -78,7 +78,9 @@ def trained(tx, table, mesh, how=lowmem.step, steps=2):
 
 def collectives(text: str) -> list[tuple[str, str]]:
   """What a compiled program communicates: (type, operation)."""
-  return COLLECTIVE.findall(text)
+  # Without its kernels, megabytes without a space, which a regular expression searches for minutes.
+  lines = [line for line in text.splitlines() if "custom_call_target" not in line]
+  return COLLECTIVE.findall("\n".join(lines))
 
 
 @functools.cache
@@ -108,7 +110,7 @@ OPTIMIZERS = {
     ("adamw packed", (2, 1), AUTO, lowmem.step),
     ("adamw int4", (4, 2), AUTO, updated),
     ("adamw int4", (4, 2), EXPLICIT, lowmem.step),
-    ("adamw int4", (2, 2), EXPLICIT, updated),
+    pytest.param("adamw int4", (2, 2), EXPLICIT, updated, marks=THOROUGH),
     pytest.param("adamw packed", (4, 2), EXPLICIT, updated, marks=THOROUGH),
     pytest.param("lion exact", (8, 1), EXPLICIT, lowmem.step, marks=THOROUGH),
     ("sgd stochastic", (2, 2), AUTO, lowmem.step),

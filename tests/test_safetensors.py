@@ -268,17 +268,17 @@ def test_never_two_copies(tmp_path):
   write_zeros(source + ".small", 1, shape)
   environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
   args = [sys.executable, "-c", MEMORY, source, target]
-  peaks = []
+  params32 = 4 * count * int(np.prod(shape))
+  formats = 5.125 / 4 * params32  # what stays: weights, residuals, moments
   for _ in range(3):  # on a busy machine the system leaves read pages of the file with the process
     done = subprocess.run(args, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    peaks.append([int(x) for x in done.stdout.split()])
-  importing, exporting, a_copy = np.min(peaks, axis=0)
-  params32 = 4 * count * int(np.prod(shape))
-  formats = 5.125 / 4 * params32  # what stays: weights, residuals, moments
-  assert a_copy > 0.8 * params32  # so that the others can fail
-  assert importing < formats + 0.7 * params32
-  assert exporting < 0.3 * params32
+    importing, exporting, a_copy = (int(x) / params32 for x in done.stdout.split())
+    is_small = importing < formats / params32 + 0.7 and exporting < 0.3
+    if is_small:
+      break
+  assert is_small, (importing, exporting)
+  assert a_copy > 0.8  # so that the others can fail
   assert os.path.getsize(target) >= params32
 
 

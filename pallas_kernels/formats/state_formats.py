@@ -47,6 +47,7 @@ MIN_SCALE = 2.0**-103
 # The square of a smaller root does not survive a step. The smallest integer code stands for more.
 MIN_ROOT = 2.0**-62
 MIN_ROOT_SCALE = 2.0**-54
+_NEAREST = 0x4B000000  # the bit pattern of 2.0**23; see `_nearest`
 
 
 def _hint(name) -> str:
@@ -365,31 +366,36 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
     return _keep_positive(
       x_KxB, arithmetic.round_to(ratio, jnp.float16, "stochastic", bits_KxB), fmt
     )
-  # Rounds up with the probability that keeps the mean.
+  # Rounds up with the probability that keeps the mean. Codes carry `_NEAREST` in their upper bits,
+  # which the stored ones lack.
   if fmt.is_square:  # 15 binary places and as many random bits
     half = _U32(1 << 14 if fmt.is_packed else 0)
+    zero = _U32(_NEAREST >> 15)
     c = (_nearest(jnp.abs(ratio)) + half + (bits_KxB >> _U32(17))) >> _U32(15)
-    c = jnp.where(x_KxB > 0, arithmetic.most(c, _U32(1)), _U32(0) if fmt.is_packed else c)
-    return arithmetic.least(c, _U32(fmt.levels)).astype(fmt.dtype)
+    some = arithmetic.least(magnitude_bits(x_KxB), _U32(1))  # no zero where x is positive
+    c = arithmetic.most(c, zero + some)
+    if fmt.is_packed:
+      c = jnp.where(some > _U32(0), c, zero)
+    return arithmetic.least(c, zero + _U32(fmt.levels)).astype(fmt.dtype)
   # The ratio lies between c**2 and (c + 1)**2. For an exact square, c may be one too small; it is
   # then always raised.
   ratio = jnp.abs(ratio)
   c = _nearest(jnp.maximum(jnp.sqrt(ratio) - jnp.float32(0.5), jnp.float32(0)))
-  floor = c.astype(_I32).astype(jnp.float32)
+  c = arithmetic.least(c, _U32(_NEAREST + fmt.levels - 1))
+  floor = arithmetic.float_of(c) - jnp.float32(2.0**23)
   uniform = (bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32)
   uniform = uniform * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
-  c = c + (uniform * (2 * floor + 1) < ratio - floor * floor).astype(_U32)
-  c = arithmetic.least(c, _U32(fmt.levels)).astype(_I32)
+  c = (c + (uniform * (2 * floor + 1) < ratio - floor * floor).astype(_U32)).astype(_I32)
   return jnp.where(x_KxB < 0, -c, c).astype(fmt.dtype)
 
 
 def _nearest(x):
-  """float32 from 0 to 2**23 - 1 -> the nearest integer, uint32.
+  """float32 from 0 to 2**23 - 1 -> the nearest integer plus ``_NEAREST``, uint32.
 
   The integer is in the lower bits of 2**23 + x. A conversion would clamp on both
   sides first, and cost a GPU as much as a square root.
   """
-  return arithmetic.bits_of(x + jnp.float32(2.0**23)) & _U32(0x7FFFFF)
+  return arithmetic.bits_of(x + jnp.float32(2.0**23))
 
 
 def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):

@@ -68,7 +68,7 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
   if fmt.is_full_precision:
     return x, None
   if implementations.resolve(implementation, x, residual_bits=fmt.residual_bits) == "xla":
-    return sharded.automatic(functools.partial(_xla, fmt), x, x, stream)
+    return sharded.automatic(functools.partial(_program, fmt), x, x, stream)
   residual = packing.stored_struct(x.shape, fmt)
 
   def tile(bits, x_T):
@@ -142,3 +142,6 @@ def _xla(fmt: DeltaFormat, x, stream):
   bits = random_bits(stream, x.shape) if fmt.needs_key else None
   low, delta = arithmetic.split_values(x, fmt, bits)
   return low, packing.pack(delta, fmt)
+
+
+_program = jax.jit(_xla, static_argnums=0)  # outside of jit, compiled as a whole

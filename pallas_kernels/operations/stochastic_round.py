@@ -1,5 +1,7 @@
 """stochastic_round: rounds float32 to a narrow float, up or down at random and without bias."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -58,9 +60,14 @@ def stochastic_round(
   x = checks.float32_array(x, "x")
   stream = stream_keys(key_words(key))[0]
   if implementations.resolve(implementation, x) == "xla":
-    return arithmetic.round_to(x, dtype, "stochastic", random_bits(stream, x.shape))
+    return _xla(dtype, x, stream)
 
   def tile(bits, x_T):
     return (arithmetic.round_to(x_T, dtype, "stochastic", bits),)
 
   return elementwise(tile, key=stream, reads=[x], outputs=[dtype])[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)  # outside of jit, compiled as a whole
+def _xla(dtype, x, stream):
+  return arithmetic.round_to(x, dtype, "stochastic", random_bits(stream, x.shape))
