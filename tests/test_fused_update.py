@@ -6,7 +6,6 @@ import math
 from conftest import assert_trees_equal
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import tpu as pltpu
 import jax.export
 import jax.numpy as jnp
 import numpy as np
