@@ -14,7 +14,7 @@ THREADS = 128
 _TYPES = {
   "f32": np.float32, "u16": np.uint16, "s16": np.int16, "b16": np.uint16, "u32": np.uint32,
   "s32": np.int32, "b32": np.uint32, "u64": np.uint64, "s64": np.int64, "b64": np.uint64,
-  "s8": np.int8, "u8": np.uint8,
+  "s8": np.int8, "u8": np.uint8, "b8": np.uint8,
 }  # fmt: skip
 _COMPARISONS = {
   "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import ptx
 import pytest
-from test_fused_update import INT8, adam, assert_close, make_leaf, plain
+from test_fused_update import INT8, PACKED, adam, assert_close, make_leaf, plain
 from test_not_finite import IS_BAD, SHAPE, VALUES, assert_not_finite, lion
 
 import optax_lowmem as lowmem
@@ -195,6 +195,18 @@ def test_executed_together_and_alone(monkeypatch, capfd):
     low, delta, mu, nu, *scales = map(jnp.asarray, x)
     statistics = [Blocks(*of) for of in zip((mu, nu), scales, strict=True)]
     assert_close((low, delta, statistics), plain(leaf), leaf)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_executed_in_pairs(name, monkeypatch, capfd):
+  """Tiles of 32 and of 8 blocks, the last two of which overlap; two neighbours in one register."""
+  formats = PACKED[name]
+  leaf = make_leaf((3, 33, 32), statistic_formats=formats)
+  code = code_of(adam, [leaf], formats, monkeypatch, capfd)
+  ((low, delta, mu, nu, *scales),) = executed(code, adam, [leaf], formats)
+  statistics = [Blocks(*map(jnp.asarray, of)) for of in zip((mu, nu), scales, strict=True)]
+  found = jnp.asarray(low), jnp.asarray(delta), statistics
+  assert_close(found, plain(leaf, statistic_formats=formats), leaf)
 
 
 @pytest.mark.parametrize("rule", [adam, lion], ids=["adam", "lion"])
