@@ -134,10 +134,10 @@ def gpus(target: str, topology: str = "1x1x1"):
 def _start_plugin():
   """Starts JAX's plugin for NVIDIA GPUs; without one, it does nothing."""
   try:
-    import jax_plugins
+    plugins = importlib.import_module("jax_plugins")
   except ModuleNotFoundError:
     return
-  for module in pkgutil.iter_modules(jax_plugins.__path__):
+  for module in pkgutil.iter_modules(plugins.__path__):
     if module.name.startswith("xla_cuda"):
       importlib.import_module(f"jax_plugins.{module.name}").initialize()
 
