@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--png", metavar="FILE", help="save a chart, too; needs matplotlib")
   formula = parser.add_argument_group("by formula")
   formula.add_argument("--weights", default="bf16+8", help="their format; default: bf16+8")
-  formula.add_argument("--statistics", default="int8", help="their format; default: int8")
+  formula.add_argument(
+    "--statistics", default="int8", help="their format, or two: int8-int4 (int8)"
+  )
   formula.add_argument("--optimizer", choices=STATISTICS, default="adamw")
   formula.add_argument("--release", action="store_true", help="gradient release; needs --layers")
   formula.add_argument("--layers", type=int)

@@ -311,6 +311,10 @@ def test_formula():
   assert abs(found.peak_bytes / 2**30 - 41.8) < 1
   sgd = estimate(1000, weights="fp16+13", statistics="bf16", optimizer="sgd")
   assert sgd.parts["residuals"] == 1625 and sgd.parts["statistics"] == 2000
+  assert estimate(1024, statistics="int8-int4").parts["statistics"] == 1024 + 512 + 2 * 64
+  assert estimate(1024, optimizer="muon").parts["statistics"] == 1024 + 64
+  with pytest.raises(ValueError, match="lion takes 1 formats.*'int8-int4'"):
+    estimate(1024, optimizer="lion", statistics="int8-int4")
 
 
 def make_kept(weights, statistics):

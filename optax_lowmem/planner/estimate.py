@@ -9,8 +9,8 @@ from optax_lowmem.planner.plan import Plan
 from pallas_kernels import DeltaFormat
 from pallas_kernels.formats.state_formats import StateFormat
 
-# Statistics that an optimizer keeps of each parameter.
-STATISTICS: Mapping[str, int] = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 1}
+# Statistics that an optimizer keeps of each parameter; "muon" of each in a matrix that it steps.
+STATISTICS: Mapping[str, int] = {"adamw": 2, "adam": 2, "lion": 1, "muon": 1, "sgd": 1}
 # Bytes a token and unit of width that a transformer's layer keeps between its forward and its
 # backward pass, in 16 bits and without attention scores: Korthikanti et al., arXiv 2205.05198,
 # section 4.
@@ -41,8 +41,10 @@ def estimate(
   Args:
     num_params: the number of parameters.
     weights: their format.
-    statistics: the format of the optimizer's statistics.
-    optimizer: ``"adamw"``, ``"adam"``, ``"lion"`` or ``"sgd"`` (with momentum).
+    statistics: the format of the optimizer's statistics; or one for each, as in
+      ``"int8-int4"`` for the two moments.
+    optimizer: ``"adamw"``, ``"adam"``, ``"lion"``, ``"muon"`` (all parameters as
+      matrices) or ``"sgd"`` (with momentum).
     release: whether the backward pass applies the optimizer; needs layers.
     layers: the number of layers.
     width: the width of the residual stream.
@@ -66,7 +68,12 @@ def estimate(
   for name, x in (numbers | {"batch": batch}).items():
     if x is not None and not x > 0:
       raise ValueError(f"{name} must be positive; got {x}.")
-  fmt, statistic = DeltaFormat.parse(weights), StateFormat(statistics)  # type: ignore[arg-type]
+  fmt, kinds, count = DeltaFormat.parse(weights), statistics.split("-"), STATISTICS[optimizer]
+  if len(kinds) not in (1, count):
+    raise ValueError(
+      f"{optimizer} takes {count} formats of statistics or one; got {statistics!r}."
+    )
+  formats = [StateFormat(kind) for kind in kinds * (count // len(kinds))]  # type: ignore[arg-type]
   weight_bits = 32 if fmt.is_full_precision else jnp.finfo(fmt.dtype).bits
   residual_bits = 0 if fmt.is_full_precision else fmt.residual_bits
   nbytes = lambda bits: int(num_params * bits / 8)
@@ -76,7 +83,7 @@ def estimate(
   parts = {
     "weights": nbytes(weight_bits),
     "residuals": nbytes(residual_bits),
-    "statistics": nbytes(STATISTICS[optimizer] * statistic.bits_per_value),
+    "statistics": nbytes(sum(f.bits_per_value for f in formats)),
     "other arguments": 0,
     "temporaries": gradients + activations,
   }
