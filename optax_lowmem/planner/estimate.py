@@ -70,9 +70,7 @@ def estimate(
       raise ValueError(f"{name} must be positive; got {x}.")
   fmt, kinds, count = DeltaFormat.parse(weights), statistics.split("-"), STATISTICS[optimizer]
   if len(kinds) not in (1, count):
-    raise ValueError(
-      f"{optimizer} takes {count} formats of statistics or one; got {statistics!r}."
-    )
+    raise ValueError(f"{optimizer} takes {count} formats of statistics or one; got {statistics!r}.")
   formats = [StateFormat(kind) for kind in kinds * (count // len(kinds))]  # type: ignore[arg-type]
   weight_bits = 32 if fmt.is_full_precision else jnp.finfo(fmt.dtype).bits
   residual_bits = 0 if fmt.is_full_precision else fmt.residual_bits
