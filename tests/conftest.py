@@ -32,6 +32,13 @@ def pytest_collection_modifyitems(config, items):
   items[:] = kept
 
 
+def thinned(names, *kept):
+  """Parameters of a dear test, of which those that are not kept run in `make test-all` only."""
+  assert set(kept) <= set(names)
+  mark = lambda name: () if name in kept else pytest.mark.thorough
+  return [pytest.param(name, marks=mark(name)) for name in names]
+
+
 def float32_classes(count: int = 1 << 16, seed: int = 0) -> np.ndarray:
   """float32 values of every class of bit patterns: ties, subnormals, infinities, NaN payloads."""
   rng = np.random.default_rng(seed)

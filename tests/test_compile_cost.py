@@ -61,7 +61,15 @@ NEEDS_COMPILER = [
 def cases(table):
   """The table's rows, marked where they need the H100 compiler."""
   return [
-    pytest.param(*key, table[key], marks=[] if "cpu" in key else NEEDS_COMPILER) for key in table
+    pytest.param(
+      *key,
+      table[key],
+      marks=[
+        *([] if "cpu" in key else NEEDS_COMPILER),
+        *([pytest.mark.thorough] if "a100" in key else []),
+      ],
+    )
+    for key in table
   ]
 
 

@@ -109,14 +109,14 @@ OPTIMIZERS = {
     pytest.param("adamw", (2, 2), EXPLICIT, updated, marks=THOROUGH),
     ("adamw packed", (2, 1), AUTO, lowmem.step),
     ("adamw int4", (4, 2), AUTO, updated),
-    ("adamw int4", (4, 2), EXPLICIT, lowmem.step),
+    pytest.param("adamw int4", (4, 2), EXPLICIT, lowmem.step, marks=THOROUGH),
     pytest.param("adamw int4", (2, 2), EXPLICIT, updated, marks=THOROUGH),
     pytest.param("adamw packed", (4, 2), EXPLICIT, updated, marks=THOROUGH),
     pytest.param("lion exact", (8, 1), EXPLICIT, lowmem.step, marks=THOROUGH),
-    ("sgd stochastic", (2, 2), AUTO, lowmem.step),
+    pytest.param("sgd stochastic", (2, 2), AUTO, lowmem.step, marks=THOROUGH),
     pytest.param("adam fp16", (2, 4), EXPLICIT, lowmem.step, marks=THOROUGH),
     ("wrapped", (4, 2), AUTO, updated),
-    ("scaled", (4, 2), EXPLICIT, lowmem.step),
+    pytest.param("scaled", (4, 2), EXPLICIT, lowmem.step, marks=THOROUGH),
   ],
 )
 def test_the_same_bits(name, shape, kind, how):
