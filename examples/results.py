@@ -156,7 +156,7 @@ def four_bits(examples: dict[str, Runs]) -> list[str]:
   rows = [
     [name, *(cell(runs, fmt) for fmt in formats)]
     for name, runs in examples.items()
-    if sweep.INT4[0] in runs
+    if any(fmt in runs for fmt in sweep.INT4)
   ]
   columns = ["example", *(f"`{fmt}`" for fmt in formats)]
   return ["## Statistics in 4 bits", "", FOUR_BITS, "", *markdown(columns, rows)]
