@@ -92,7 +92,7 @@ def muon(
       instead of ``sqrt(max(1, fan_out / fan_in))``.
     weights: as in :func:`optax_lowmem.adamw`.
     mu: the format of Muon's momentum: ``"fp32"``, ``"bf16"``, ``"fp16"``,
-      ``"int8"`` or ``"int4"``.
+      ``"int8"`` or ``"int4"`` (too coarse: docs/muon.md).
     adam_mu: the format of AdamW's first moment.
     adam_nu: the format of AdamW's second moment.
     key: as in :func:`optax_lowmem.adamw`.
