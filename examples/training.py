@@ -310,7 +310,7 @@ def make_parser(
   add("--steps", type=positive(int), help="training steps (%(default)s)")
   add("--batch", type=positive(int), help="examples in a batch (%(default)s)")
   add("--learning-rate", type=positive(float), help="peak learning rate (%(default)s)")
-  add("--b2", type=positive(float), help="Adam's decay of second moments (%(default)s)")
+  add("--b2", type=positive(float), default=0.999, help="Adam's second decay (%(default)s)")
   add("--clip-norm", type=positive(float), help="largest global norm of gradients (%(default)s)")
   add("--out", type=pathlib.Path, default=pathlib.Path("out"), help="output folder (%(default)s)")
   flag = lambda option: "--" + option.replace("_", "-")
@@ -318,7 +318,7 @@ def make_parser(
     add(flag(size), type=positive(int), default=default, help="(%(default)s)")
   short = ", ".join(f"{flag(option)} {value}" for option, value in quick.items())
   add("--quick", action="store_true", help=f"a minute's run: {short}")
-  parser.set_defaults(checkpointing=False, quick_options=quick, b2=0.999)
+  parser.set_defaults(checkpointing=False, quick_options=quick)
   parser.set_defaults(**defaults)
   return parser
 

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def thinned(names, *kept):
-  """Parameters of a dear test, of which those that are not kept run in `make test-all` only."""
+  """Parametrizes an expensive test: `make test` runs what is kept, `make test-all` everything."""
   assert set(kept) <= set(names)
   mark = lambda name: () if name in kept else pytest.mark.thorough
   return [pytest.param(name, marks=mark(name)) for name in names]

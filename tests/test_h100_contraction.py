@@ -199,7 +199,7 @@ def test_executed_together_and_alone(monkeypatch, capfd):
 
 @pytest.mark.parametrize("name", PACKED)
 def test_executed_in_pairs(name, monkeypatch, capfd):
-  """Tiles of 32 and of 8 blocks, the last two of which overlap; two neighbours in one register."""
+  """Runs tiles of 32 and of 8 blocks. The last two tiles overlap. A register holds two values."""
   formats = PACKED[name]
   leaf = make_leaf((3, 33, 32), statistic_formats=formats)
   code = code_of(adam, [leaf], formats, monkeypatch, capfd)

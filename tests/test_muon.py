@@ -419,8 +419,8 @@ ON_MESHES = list(itertools.product(SPECS, [AxisType.Auto, AxisType.Explicit]))
 
 @pytest.mark.parametrize("case", thinned(ON_MESHES, *ON_MESHES[::3], ON_MESHES[5]), ids=str)
 def test_on_a_mesh(case):
-  specs, kind = SPECS[case[0]], case[1]
   """Weights near those of one device, and updates that land (law 8)."""
+  specs, kind = SPECS[case[0]], case[1]
   tx = lowmem.muon(1e-2, weights="bf16+16")
   step, update = jax.jit(functools.partial(lowmem.step, tx)), jax.jit(tx.update)
 

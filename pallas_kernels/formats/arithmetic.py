@@ -45,6 +45,19 @@ def most(a, b):
   return jnp.maximum(a.astype(_I32), b.astype(_I32)).astype(_U32)
 
 
+def integer_in(word, which, width: int, is_signed: bool):
+  """The first (0) or second (1) integer of ``width`` bits in a word, from its low end; int32."""
+  # The first shift puts the sign in place.
+  x = word.astype(_U32).astype(_I32) << (32 - width - width * which)
+  return x >> (32 - width) if is_signed else (x.astype(_U32) >> _U32(32 - width)).astype(_I32)
+
+
+def two_integers(first, second, width: int):
+  """The inverse of ``integer_in``: the word of two integers, uint32."""
+  first, second = (x.astype(_U32) & _U32((1 << width) - 1) for x in (first, second))
+  return first | (second << _U32(width))
+
+
 def low_bits_of(low):
   """A narrow float -> its bit pattern, uint32."""
   unsigned = jnp.dtype(f"uint{low.dtype.itemsize * 8}")

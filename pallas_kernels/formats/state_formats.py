@@ -180,7 +180,7 @@ def pack(codes: jax.Array, fmt: StateFormat) -> jax.Array:
   if c.shape[-1] % 2:
     c = jnp.pad(c, [(0, 0)] * (c.ndim - 1) + [(0, 1)])
   c = c.reshape(*c.shape[:-1], c.shape[-1] // 2, 2)
-  byte = byte_of(c[..., 0], c[..., 1])
+  byte = arithmetic.two_integers(c[..., 0], c[..., 1], 4)
   return jax.lax.bitcast_convert_type(byte.astype(jnp.uint8), struct.dtype).reshape(struct.shape)
 
 
@@ -188,24 +188,14 @@ def unpack(stored: jax.Array, fmt: StateFormat) -> jax.Array:
   """The inverse of ``pack``."""
   if not fmt.is_packed:
     return stored
-  byte = stored.reshape(*(stored.shape or (1,)), 1).astype(_I32)
+  byte = stored.reshape(*(stored.shape or (1,)), 1)
   # A broadcast: XLA would not fuse a concatenation.
-  c = code_in(byte, jax.lax.iota(_I32, 2), fmt).astype(fmt.dtype)
+  which = jax.lax.iota(_I32, 2)
+  c = arithmetic.integer_in(byte, which, 4, not fmt.is_square).astype(fmt.dtype)
   c = c.reshape(*byte.shape[:-2], 2 * byte.shape[-2])
   if stored.dtype == jnp.int8:  # an odd last axis
     c = c[..., :-1]
   return c if stored.shape else c.reshape(())
-
-
-def byte_of(first, second):
-  """Two integer codes -> the byte that holds them, in int32."""
-  return (first & 0xF) | ((second & 0xF) << 4)
-
-
-def code_in(byte, which, fmt: StateFormat):
-  """A byte in int32 -> the first (0) or second (1) code in it, int32."""
-  c = byte << (28 - 4 * which)  # puts the sign in place
-  return (c.astype(_U32) >> _U32(28)).astype(_I32) if fmt.is_square else c >> 28
 
 
 def quantize(
@@ -303,7 +293,7 @@ def quantize_blocks(parts_KxB, fmt: StateFormat, bits_KxB, across, largest=_larg
   reduces int32 [K, B] to [K]; old_K are the scales before.
   """
   if not fmt.has_scale:
-    return list(map(quantize, parts_KxB, [fmt] * len(parts_KxB), bits_KxB)), None
+    return [quantize(x, fmt, bits) for x, bits in zip(parts_KxB, bits_KxB, strict=True)], None
   parts_KxB = [jnp.sqrt(x) if fmt.is_square else x for x in parts_KxB]
   of_parts_K = [largest(magnitude_bits(x).astype(_I32)) for x in parts_KxB]
   code_K = scale_code(functools.reduce(jnp.maximum, of_parts_K).astype(_U32), fmt)

@@ -77,7 +77,7 @@ def apply_update_stream(low, delta, update, fmt: DeltaFormat, stream, implementa
   chosen = implementations.resolve(
     implementation, low, update, residual_bits=fmt.residual_bits, has_tpu_kernel=True
   )
-  by_xla, by_tpu = functools.partial(_program, fmt), functools.partial(_mosaic_tpu, fmt)
+  by_xla, by_tpu = functools.partial(_xla, fmt), functools.partial(_mosaic_tpu, fmt)
   takes_kernel = mosaic_tpu.takes(low.shape, low.shape, True)
   if chosen == "mosaic_tpu" and takes_kernel:
     return by_tpu(low, delta, update, stream)
@@ -115,11 +115,9 @@ def _mosaic_tpu(fmt: DeltaFormat, low, delta, update, stream):
   return low, delta
 
 
+@functools.partial(jax.jit, static_argnums=0)  # outside of jit, compiled as a whole
 def _xla(fmt: DeltaFormat, low, delta, update, stream):
   bits = random_bits(stream, low.shape) if fmt.needs_key else None
   unpacked = packing.unpack(delta, low.shape, fmt)
   low, new_delta = arithmetic.apply_values(low, unpacked, update, fmt, bits)
   return low, packing.pack(new_delta, fmt)
-
-
-_program = jax.jit(_xla, static_argnums=0)  # outside of jit, compiled as a whole

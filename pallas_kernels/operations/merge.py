@@ -54,7 +54,7 @@ def merge(
   if fmt.is_full_precision:
     return low
   if implementations.resolve(implementation, low, residual_bits=fmt.residual_bits) == "xla":
-    return sharded.automatic(functools.partial(_program, fmt), low, low, delta)
+    return sharded.automatic(functools.partial(_xla, fmt), low, low, delta)
 
   def tile(bits, low_T, delta_T=None):
     del bits
@@ -65,8 +65,6 @@ def merge(
   return elementwise(tile, reads=reads, outputs=[jnp.float32])[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # outside of jit, compiled as a whole
 def _xla(fmt: DeltaFormat, low, delta):
   return arithmetic.merge_values(low, packing.unpack(delta, low.shape, fmt), fmt)
-
-
-_program = jax.jit(_xla, static_argnums=0)  # outside of jit, compiled as a whole

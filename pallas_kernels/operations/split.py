@@ -68,7 +68,7 @@ def split_stream(x, fmt: DeltaFormat, stream, implementation=None):
   if fmt.is_full_precision:
     return x, None
   if implementations.resolve(implementation, x, residual_bits=fmt.residual_bits) == "xla":
-    return sharded.automatic(functools.partial(_program, fmt), x, x, stream)
+    return sharded.automatic(functools.partial(_xla, fmt), x, x, stream)
   residual = packing.stored_struct(x.shape, fmt)
 
   def tile(bits, x_T):
@@ -138,10 +138,8 @@ def _joined_leaves(fmt: DeltaFormat, merges: bool, on_gpu: bool, xs, streams):
   return [results[i] for i in range(len(xs))]
 
 
+@functools.partial(jax.jit, static_argnums=0)  # outside of jit, compiled as a whole
 def _xla(fmt: DeltaFormat, x, stream):
   bits = random_bits(stream, x.shape) if fmt.needs_key else None
   low, delta = arithmetic.split_values(x, fmt, bits)
   return low, packing.pack(delta, fmt)
-
-
-_program = jax.jit(_xla, static_argnums=0)  # outside of jit, compiled as a whole

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import arithmetic, state_formats
+from pallas_kernels.formats import arithmetic
 from pallas_kernels.formats.random_bits import Window, element_bits, whole_place
 from pallas_kernels.formats.state_formats import BLOCK
 from pallas_kernels.placement import implementations
@@ -266,14 +266,14 @@ def _largest(lane_T, roll, x_T):
 def _codes_in(lane_T, half: int, bytes_T, fmt):
   """A register of bytes, int32 -> the codes in its first or second half, int32."""
   of_T = jnp.take_along_axis(bytes_T, half * (LANES // 2) + lane_T // 2, axis=1)
-  return state_formats.code_in(of_T, lane_T & 1, fmt)
+  return arithmetic.integer_in(of_T, lane_T & 1, 4, not fmt.is_square)
 
 
 def _bytes_of(lane_T, roll, *codes):
   """The inverse: two registers of codes -> one of bytes, uint8."""
   # An even lane gets both codes.
   wide_T = [x_T.astype(_I32) for x_T in codes]
-  bytes_T = [state_formats.byte_of(x_T, roll(x_T, LANES - 1, 1)) for x_T in wide_T]
+  bytes_T = [arithmetic.two_integers(x_T, roll(x_T, LANES - 1, 1), 4) for x_T in wide_T]
   even_T = lane_T % (LANES // 2) * 2
   first_T, second_T = (jnp.take_along_axis(x_T, even_T, axis=1) for x_T in bytes_T)
   return jnp.where(lane_T < LANES // 2, first_T, second_T).astype(jnp.uint8)

@@ -42,8 +42,8 @@ def tile_step(
   Returns:
     The new values of each part, and the new scales.
   """
-  old_K = iter(scales_K)
-  old_K = [next(old_K) if f.has_scale else None for f in formats[1]]
+  scales_K = iter(scales_K)
+  old_K = [next(scales_K) if f.has_scale else None for f in formats[1]]
   values, new = zip(
     *(_moved(rule, formats, lands, part, across, old_K) for part in parts), strict=True
   )
