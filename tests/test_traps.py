@@ -187,6 +187,16 @@ def test_wrappers_that_change_updates(name, wrap, call):
       call(tx, grads, tx.init(params), params)
 
 
+@pytest.mark.filterwarnings("ignore:.*is float32 and stays so")  # law 17
+@pytest.mark.parametrize(
+  "wrap", [contrib.mechanize, lambda tx: optax.conditionally_transform(tx, lambda step: True)]
+)
+def test_wrappers_may_change_updates_without_residuals(wrap):
+  tx, params = wrap(TX), params32()
+  updates, _ = tx.update(normal_like(params, 0), tx.init(params), params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
 def rows():
   text = (pathlib.Path(__file__).parent.parent / "docs/wrappers.md").read_text()
   return re.findall(r"^\| `(.*X.*)` \| (.*) \|$", text, re.MULTILINE)
