@@ -187,7 +187,6 @@ def test_wrappers_that_change_updates(name, wrap, call):
       call(tx, grads, tx.init(params), params)
 
 
-@pytest.mark.filterwarnings("ignore:.*is float32 and stays so")  # law 17
 @pytest.mark.parametrize(
   "wrap", [contrib.mechanize, lambda tx: optax.conditionally_transform(tx, lambda step: True)]
 )
