@@ -175,4 +175,5 @@ TRAINING = [
 ]
 
 STEPS = [*OURS, CPU["lion"][1], CPU["sgd"][1], FP32_ADAMW]
-GPU = [*OURS, CPU["lion"][1], CPU["sgd"][1], FP32_ADAMW, BF16_ADAMW]
+INT4 = ours("adamw, bf16+0, int8, int4", lowmem.adamw(1e-3, weights="bf16+0", nu="int4"))
+GPU = [*OURS, INT4, CPU["lion"][1], CPU["sgd"][1], FP32_ADAMW, BF16_ADAMW]

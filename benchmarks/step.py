@@ -14,9 +14,11 @@ Reports the peak bytes a parameter of a training step of a 0.8B transformer, and
 the temporaries and kernel launches of the optimizer step alone. Nothing is
 executed.
 
-gpu: compares a step with a copy of the same bytes; both take turns within one
+gpu: runs the tests of bits and kernels on the device (benchmarks.device_tests),
+then compares a step with a copy of the same bytes; both take turns within one
 process. The gradients count once (read), weights and state twice (read and
 written). The times include dispatch from Python, which matters for small sizes.
+It ends within `--seconds` (eight minutes); rows without time say so.
 
 Every contender donates its buffers in the order in which it returns them (see
 `check_in_place`). Each command prints tables and writes
@@ -40,7 +42,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks import contenders, hlo, shapes, torch_peers
+from benchmarks import contenders, device_tests, hlo, shapes, torch_peers
 import optax_lowmem as lowmem
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -53,7 +55,7 @@ RATIO_LIMITS = {
   ("GPT-2 124M", contenders.DEFAULT_UPDATE.name): 3.0,
 }
 TEMPORARIES_LIMIT = 0.5  # bytes a parameter, for the same formats
-GPU_SIZES = [10**6, 10**7, 10**8, 10**9]
+GPU_SIZES = [10**8, 10**9, 10**7, 10**6]  # the most telling first
 GPU_BYTES = 2e10  # least bytes between two readings of the clock, in at most 200 steps
 
 
@@ -136,12 +138,12 @@ def verdict(value: float, limit: float | None) -> str:
   return "" if limit is None else f"{'pass' if value <= limit else 'miss'} (<= {limit})"
 
 
-def cpu(parser, sets) -> dict:
+def cpu(parser, args) -> dict:
   """Measures times on the CPU, and bytes."""
   del parser
   jax.config.update("jax_platforms", "cpu")
   rows, load = [], [os.getloadavg()[0]]
-  for set_name in sets:
+  for set_name in args.sets:
     leaf_shapes = shapes.SETS[set_name]
     count = shapes.count(leaf_shapes)
     for group in contenders.CPU.values():
@@ -200,9 +202,9 @@ def gpu_compiler(parser):
   return h100
 
 
-def h100_compile(parser, sets) -> dict:
+def h100_compile(parser, args) -> dict:
   """Reports memory and launches, compiled for an H100."""
-  del sets
+  del args
   h100 = gpu_compiler(parser)
   (device,) = h100.sharding().device_set
   peer = contenders.flashoptim_jax()
@@ -260,14 +262,25 @@ def h100_compile(parser, sets) -> dict:
   }
 
 
-def gpu(parser, sets) -> dict:
-  """Compares steps with copies of the same bytes, on a GPU."""
-  del sets
+def gpu(parser, args) -> dict:
+  """Runs tests on a GPU, then compares steps with copies of the same bytes."""
+  end = time.perf_counter() + args.seconds
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves room for PyTorch
   try:
     device = jax.devices("gpu")[0]
   except RuntimeError as error:
     parser.error(f"this benchmark needs a GPU, and JAX finds none: {error}")
+  tested = device_tests.run(min(device_tests.SECONDS, args.seconds / 2))
+  rows, absent = gpu_rows(GPU_SIZES, end)
+  return {
+    "device": device.device_kind,
+    "tables": {"Tests on the GPU": tested, "A step on the GPU": rows},
+    "absent": absent,
+  }
+
+
+def gpu_rows(sizes, end: float) -> tuple[list[dict], dict[str, str]]:
+  """Measures JAX's and PyTorch's optimizers for some sizes, until the clock reads end."""
   peer = contenders.flashoptim_jax()
   absent = {} if peer else {"flashoptim-jax": "not installed"}
   peers = {}
@@ -277,20 +290,15 @@ def gpu(parser, sets) -> dict:
     except Exception as error:  # a foreign package can fail at import in any way
       absent[candidate.name] = f"{type(error).__name__}: {error}"
   rows = []
-  for size in GPU_SIZES:
+  for size in sizes:
     shape = shapes.matrix(size)
     for contender in contenders.GPU + peer:
-      rows.append(
-        attempt(size, contender.name, functools.partial(prepare_jax, contender, shape), seconds)
-      )
+      prepare = functools.partial(prepare_jax, contender, shape)
+      rows.append(attempt(size, contender.name, prepare, seconds, end))
     for candidate, module in peers.items():
       prepare = functools.partial(torch_peers.prepare, candidate, module, shape["w"])
-      rows.append(attempt(size, candidate.name, prepare, torch_peers.seconds))
-  return {
-    "device": device.device_kind,
-    "tables": {"A step on the GPU": rows},
-    "absent": absent,
-  }
+      rows.append(attempt(size, candidate.name, prepare, torch_peers.seconds, end))
+  return rows, absent
 
 
 def prepare_jax(contender, leaf_shapes):
@@ -302,11 +310,13 @@ def prepare_jax(contender, leaf_shapes):
   return run, lambda: copy(source), run.moved, run.bytes
 
 
-def attempt(size: int, name: str, prepare, seconds) -> dict:
+def attempt(size: int, name: str, prepare, seconds, end: float) -> dict:
   """Measures a row of the GPU's table; if an optimizer does not run, the row says why."""
   row: dict = {"parameters": size, "optimizer": name}
   numbers = ("bytes/param", "moved/param", "ms", "GB/s", "copy's time / step's")
   try:
+    if time.perf_counter() > end:
+      raise TimeoutError("no time was left")
     step, copy, moved, resident = prepare()
     repeats = max(3, min(200, int(GPU_BYTES / moved)))
     times: dict[str, list[float]] = {"step": [], "copy": []}
@@ -319,7 +329,7 @@ def attempt(size: int, name: str, prepare, seconds) -> dict:
     took = medians["step"]
     values = (resident / size, moved / size, took * 1e3, moved / took / 1e9, medians["copy"] / took)
     row |= dict(zip(numbers, values, strict=True))
-  except Exception as error:  # out of memory, or a fault in a peer: the others go on
+  except Exception as error:  # out of memory or time, or a fault in a peer: the others go on
     row |= dict.fromkeys(numbers) | {"failed": f"{type(error).__name__}: {error}"[:300]}
   gc.collect()
   log(row)
@@ -351,11 +361,10 @@ def main():
   )
   parser.add_argument("command", choices=COMMANDS)
   parser.add_argument("--sets", nargs="+", choices=shapes.SETS, default=list(shapes.SETS))
+  parser.add_argument("--seconds", type=float, default=480, help="the limit of gpu")
   parser.add_argument("--out", type=pathlib.Path, help="the JSON file to write")
   args = parser.parse_args()
-  report(
-    lambda: COMMANDS[args.command](parser, args.sets), args.command.replace("-", "_"), args.out
-  )
+  report(lambda: COMMANDS[args.command](parser, args), args.command.replace("-", "_"), args.out)
 
 
 def report(run, name: str, out: pathlib.Path | None = None):

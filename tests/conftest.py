@@ -1,5 +1,6 @@
 """Shared by all tests: eight CPU devices, float32 bit patterns, trees compared bit for bit."""
 
+import contextlib
 import os
 import zlib
 
@@ -8,6 +9,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import chex
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 import numpy as np
 import optax
@@ -100,6 +102,12 @@ def _difference(x, y) -> str:
 def _plain(x) -> np.ndarray:
   is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
   return np.asarray(jax.random.key_data(x) if is_key else x)
+
+
+def running_kernels():
+  """Runs GPU kernels on the GPU that the tests were given, or else under JAX's interpreter."""
+  on_gpu = jax.default_backend() == "gpu"
+  return contextlib.nullcontext() if on_gpu else plgpu.force_gpu_interpret_mode()
 
 
 def normal_like(tree, seed: int, scale: float = 1.0):

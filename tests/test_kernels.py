@@ -2,9 +2,8 @@
 
 import functools
 
-from conftest import assert_trees_equal, float32_classes
+from conftest import assert_trees_equal, float32_classes, running_kernels
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ def values(size: int) -> np.ndarray:
 def both(operation, *args, **kwargs):
   """The operation as XLA and as an interpreted kernel; asserts equal bits."""
   expected = operation(*args, **kwargs, implementation="xla")
-  with plgpu.force_gpu_interpret_mode():
+  with running_kernels():
     result = operation(*args, **kwargs, implementation="mosaic_gpu")
   assert_trees_equal(result, expected)
   return expected
@@ -75,7 +74,7 @@ def test_jit_and_donation():
       low, delta, update, "bf16+8", key=2, implementation="mosaic_gpu"
     )
 
-  with plgpu.force_gpu_interpret_mode():
+  with running_kernels():
     assert_trees_equal(f(low, delta), expected)
 
 

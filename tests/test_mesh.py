@@ -6,10 +6,9 @@ import os
 import re
 import sys
 
-from conftest import assert_trees_equal, mesh_of, updated
+from conftest import assert_trees_equal, mesh_of, running_kernels, updated
 import h100
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -155,7 +154,7 @@ def test_kernels_run_on_each_shard(name, shape):
   table = {k: EVEN[k] for k in ("rows", "columns", "both", "middle", "vector")}
 
   def run(mesh):
-    with plgpu.force_gpu_interpret_mode():
+    with running_kernels():
       return trained(make[name](1e-2, implementation="mosaic_gpu"), table, mesh, steps=1)
 
   reference = run(mesh_of(1))[0]

@@ -4,10 +4,9 @@ import functools
 import inspect
 
 import chex
-from conftest import assert_trees_equal, normal_like, thinned, updated
+from conftest import assert_trees_equal, normal_like, running_kernels, thinned, updated
 import flax.serialization
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -167,7 +166,7 @@ def test_kernel_is_the_xla_step(name):
   c = lowmem.init(scaled(kernel), make_params())
   for i in range(2):
     grads = normal_like(a[0], i)
-    with plgpu.force_gpu_interpret_mode():
+    with running_kernels():
       a = step_of(kernel)(grads, a[1], a[0])
       c = step_of(scaled(kernel))(jax.tree.map(lambda g: 4 * g, grads), c[1], c[0])
     b = step_of(xla)(grads, b[1], b[0])

@@ -3,9 +3,8 @@
 from typing import NamedTuple
 
 import chex
-from conftest import assert_trees_equal, thinned
+from conftest import assert_trees_equal, running_kernels, thinned
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -619,6 +618,6 @@ def test_law_15_interpreted_kernels(name):
     y = layers["last"](lambda w, x: x @ w["w"], x)
     return jnp.mean((y - targets[:, None]).astype(jnp.float32) ** 2)
 
-  with plgpu.force_gpu_interpret_mode():
+  with running_kernels():
     # Pallas's interpreter changes JAX's context when it first runs.
     check_same(tx, loss_fn=loss_fn, params=params, count=2, traces=2)
