@@ -1,6 +1,7 @@
 """How true is a plan? Planned peaks of six examples against measured ones, on this CPU.
 
   python -m benchmarks.plan [NAME ...]
+  python -m benchmarks.plan --h100
 
 Each model has a process of its own, with synthetic data. The process compiles the step, and notes
 its resident memory. Then it makes parameters, state and batch, and takes two steps. Measured is
@@ -8,6 +9,9 @@ the most that was resident during these steps, less what was noted. So it holds 
 XLA allocates, what its libraries allocate without telling XLA, and what the allocator loses.
 
 Prints a table and writes `benchmarks/results/plan_cpu.json`.
+
+--h100: plans the step of `make demo` and of Llama 3.1 8B's shapes, compares the peak with that of
+the same step compiled by hand, and takes the seconds. Writes `benchmarks/results/plan_h100.json`.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import types
 from typing import Any, NamedTuple
 
@@ -27,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import llama
-from benchmarks.step import log, report
+from benchmarks.step import log, report, verdict
 from examples import dcgan, dlrm, lstm, resnet18, shakespeare, t5, training
 import optax_lowmem as lowmem
 from optax_lowmem.planner.estimate import estimate
@@ -209,6 +214,35 @@ def demo():
   return training.make_step(task, tx, args), (*state, kept, windows), (0, 1, 2)
 
 
+def on_an_h100() -> dict:
+  """Plans two steps for an H100 that need not be present, and compiles them by hand."""
+  from optax_lowmem.planner import targets
+
+  device = targets.gpus("h100", "1x1x1")[0]
+  here = jax.sharding.SingleDeviceSharding(device)
+  rows = []
+  for name, make in {"make demo": demo, "Llama 3.1 8B, released": llama_released}.items():
+    step, args, donated = make()
+    start = time.perf_counter()
+    planned = lowmem.plan(step, *args, device="h100", donate_argnums=donated)
+    took = time.perf_counter() - start
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
+    done = jax.jit(step, donate_argnums=donated).trace(*structs).lower().compile()
+    peak = done.memory_analysis().peak_memory_in_bytes
+    rows.append(
+      {
+        "step": name,
+        "planned, MiB": planned.peak_bytes / MIB,
+        "compiled by hand, MiB": peak / MIB,
+        "planned / compiled": planned.peak_bytes / peak,
+        "seconds to plan": took,
+        "limit": verdict(took, 60),
+      }
+    )
+    log(rows[-1])
+  return {"device": device.device_kind, "tables": {"Plans for an H100": rows}}
+
+
 def settle():
   """Returns free memory to the system."""
   gc.collect()
@@ -252,12 +286,15 @@ def main():
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
   parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(WORKLOADS)}")
+  parser.add_argument("--h100", action="store_true", help="plan for an H100 instead")
   parser.add_argument("--one", choices=WORKLOADS, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if unknown := set(args.names) - set(WORKLOADS):
     parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(WORKLOADS)}")
   if args.one:
     print(json.dumps(one(args.one)))
+  elif args.h100:
+    report(on_an_h100, "plan_h100")
   else:
     report(functools.partial(every, args.names or list(WORKLOADS)), "plan_cpu")
 

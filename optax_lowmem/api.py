@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem.engine import host_memory, landing, sessions
+from optax_lowmem.engine import landing, sessions
 from optax_lowmem.states import (
   DeltaBitsState,
   check_residuals,
@@ -15,7 +15,7 @@ from optax_lowmem.states import (
   refuse_state,
 )
 from optax_lowmem.transforms import loss_scaling
-from optax_lowmem.trees import pytrees
+from optax_lowmem.trees import host_memory, pytrees
 from pallas_kernels.operations.merge import merge
 from pallas_kernels.operations.split import split_stream
 

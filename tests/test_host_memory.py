@@ -2,6 +2,7 @@
 
 import functools
 
+from conftest import assert_trees_equal, updated
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +68,31 @@ def test_leaf_by_leaf():
     np.testing.assert_array_equal(np.asarray(new[name]), np.asarray(whole[0][name]))
     found, expected = own.residuals[name], whole[1].residuals[name]
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("jits", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", ["adamw", "clipped", "loss scale"])
+def test_update(name, jits):
+  """By Optax's protocol, our own members bring their states; Optax's hold scalars alone here."""
+  tx = TXS[name]
+  params, state = lowmem.init(tx, PARAMS)
+  step = jax.jit(functools.partial(updated, tx)) if jits else functools.partial(updated, tx)
+  expected = step(params, state, params)
+  found = step(params, on_host(state), params)
+  assert kinds(found[1]) == {"pinned_host"} and "pinned_host" not in kinds(found[0])
+  assert_trees_equal(*jax.tree.map(np.asarray, (found, expected)))
+
+
+def test_gradient_release_refuses():
+  tx = TXS["adamw"]
+  params, state = lowmem.init(tx, {"layer": PARAMS["w"]})
+  loss = lambda layers, x: layers["layer"](lambda w, x: jnp.sum((x @ w).astype(jnp.float32)), x)
+  step, x = lowmem.fused_backward(loss, tx), jnp.ones((2, 64), jnp.bfloat16)
+  step(params, state, x)
+  with pytest.raises(ValueError, match=r"opt_state\..* is in the host's memory; .*lowmem.step"):
+    jax.jit(step)(params, on_host(state), x)
+  with pytest.raises(ValueError, match=r"params\['layer'\] is in the host's memory"):
+    step(on_host(params), state, x)
 
 
 @pytest.mark.h100

@@ -89,7 +89,8 @@ def fused_backward(
   Raises:
     ValueError: if a transformation cannot run leaf by leaf (the message names it),
       if an option has no meaning for the optimizer, or if a layer is called where
-      its gradients cannot be released.
+      its gradients cannot be released, or if parameters or state lie in the host's
+      memory.
     TypeError: if tx is not a transformation, or loss_fn does not return a real
       scalar (with has_aux, a pair).
 

@@ -19,7 +19,7 @@ from optax_lowmem.engine.partitioned_steps import Partitioned, PartitionedSteps
 from optax_lowmem.release import layer_calls
 from optax_lowmem.states import DeltaBitsState, QuantizedState
 from optax_lowmem.transforms import loss_scaling
-from optax_lowmem.trees import nnx_variables, pytrees
+from optax_lowmem.trees import host_memory, nnx_variables, pytrees
 
 
 class Options(NamedTuple):
@@ -140,6 +140,11 @@ class Step:
     self._given = params, opt_state
     params, opt_state = nnx_variables.pure((params, opt_state))
     self._params, self._opt_state = params, opt_state
+    for tree, name in ((params, "params"), (opt_state, "opt_state")):
+      host_memory.refuse(
+        tree, name, "gradient release steps on the device. jax.device_put it there, or take"
+        " lowmem.step, which streams a state from the host"
+      )  # fmt: skip
     is_scaled = isinstance(opt_state, loss_scaling.LossScaleState)
     inner = opt_state.inner_state if is_scaled else opt_state
     is_partition = isinstance(chain.optimizer, Partitioned)

@@ -11,7 +11,7 @@ import optax
 
 from optax_lowmem.engine import landing, sessions
 from optax_lowmem.states import LossScaleState, check_state
-from optax_lowmem.trees import nnx_variables, pytrees
+from optax_lowmem.trees import host_memory, nnx_variables, pytrees
 from pallas_kernels.operations.all_finite import all_finite, scaled
 
 
@@ -230,6 +230,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
 
   def update_fn(updates, state, params=None, **extra_args):
     check_state(state, LossScaleState, "The loss scale")
+    state, put_back = host_memory.on_device(state)
     inverse = 1.0 / state.scale
     unscaled = jax.tree.map(lambda g: unscale(g, inverse), updates)
     finite = _all_finite(updates, inverse)
@@ -242,7 +243,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
     with guarded:
       new_updates, inner_state = inner.update(unscaled, state.inner_state, params, **extra_args)
     if landing.is_checking():
-      return new_updates, advance(state, finite, inner_state)
+      return new_updates, put_back(advance(state, finite, inner_state))
     weights = {} if params is None else pytrees.named_leaves(params)
     inner_state = jax.tree.map(
       lambda new, old: new if is_settled(new) else _new_if(finite, new, old),
@@ -258,7 +259,7 @@ def _loss_scaled(inner, init_scale, next_scale) -> optax.GradientTransformationE
         return update
       return update.map(lambda low: jnp.where(finite, low, weights[name]))
 
-    return pytrees.map_named(keep, new_updates), new_state
+    return pytrees.map_named(keep, new_updates), put_back(new_state)
 
   update_fn.inner, update_fn.advance = inner, advance  # type: ignore[attr-defined] # for release
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

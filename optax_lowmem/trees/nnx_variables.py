@@ -17,12 +17,12 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import optax
 
-from optax_lowmem.trees import pytrees
+from optax_lowmem.trees import host_memory, pytrees
 from pallas_kernels.formats.state_formats import Blocks
 
 
 def transformation(init, update) -> optax.GradientTransformationExtraArgs:
-  """A transformation made of two functions that see plain arrays only."""
+  """A transformation made of two functions that see plain arrays in the device's memory only."""
 
   @functools.wraps(init)
   def init_variables(params):
@@ -32,11 +32,13 @@ def transformation(init, update) -> optax.GradientTransformationExtraArgs:
 
   @functools.wraps(update)
   def call(updates, state, params=None, **extra_args):
+    state, put_back = host_memory.on_device(state)
     if not _has_variables((updates, state, params)):
-      return update(updates, state, params, **extra_args)
+      updates, state = update(updates, state, params, **extra_args)
+      return updates, put_back(state)
     trees = map(pure, (updates, state, params))
     new_updates, new_state = update(*trees, **extra_args)
-    return like(updates, new_updates), like(state, new_state)
+    return like(updates, new_updates), put_back(like(state, new_state))
 
   return optax.GradientTransformationExtraArgs(init_variables, call)
 

@@ -27,5 +27,21 @@ def on_device(tree):
   return here, put_back
 
 
+def refuse(tree, name: str, instead: str):
+  """Raises if a leaf lies on the host, where it cannot be used.
+
+  Args:
+    tree: arrays.
+    name: what the caller calls the tree.
+    instead: what to do about it, the end of the message.
+
+  Raises:
+    ValueError: names the leaf.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if _space(leaf) == jax.memory.Space.Host:
+      raise ValueError(f"{name}{jax.tree_util.keystr(path)} is in the host's memory; {instead}.")
+
+
 def _space(x):
   return getattr(jax.typeof(x), "memory_space", jax.memory.Space.Device)
