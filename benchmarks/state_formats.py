@@ -126,6 +126,7 @@ CANDIDATES = [
   four("linear / half step, held", power(1), half_step, holds=True),
   four("softsign / half step, held", softsign, half_step, holds=True),
   four("square / half step, held (chosen)", power(2), half_step, holds=True),
+  four("square / half step, held", power(2), half_step, "ZIP-SR", holds=True),
   four("square / square, held", power(2), power(2), holds=True),
 ]  # fmt: skip
 
@@ -147,6 +148,8 @@ def store(x, scale, levels, rounding, uniform, never_zero):
   low, high = levels[i], levels[i + 1]
   fraction = (ratio - low) / (high - low)
   up = fraction >= 0.5 if rounding == "nearest" else uniform < fraction
+  if rounding == "ZIP-SR":  # keeps the mean of 1 / (y + eps), eps far below the levels
+    up = uniform >= (1 - fraction) * low / jnp.where(ratio > 0, ratio, 1)
   y = jnp.where(up, high, low)
   y = jnp.where(never_zero & (x > 0), jnp.maximum(y, levels[1]), y)
   return y * scale
@@ -158,10 +161,12 @@ def stored_moments(mu, nu, c: Candidate, key, old):
   most = 2 ** (c.bits - 1) - 1
   levels = [jnp.asarray(f(n), jnp.float32) for f, n in ((c.mu, most), (c.nu, 2 * most + 1))]
   args = jnp.abs(mu), scale_of(jnp.abs(mu))
-  size = store(*args, levels[0], c.rounding, u[0], False)
+  # ZIP-SR is for nu.
+  mu_rounding = "stochastic" if c.rounding == "ZIP-SR" else c.rounding
+  size = store(*args, levels[0], mu_rounding, u[0], False)
   if c.mu_below is not None:
     below = jnp.asarray(c.mu_below(most), jnp.float32)
-    size = jnp.where(mu < 0, store(*args, below, c.rounding, u[0], False), size)
+    size = jnp.where(mu < 0, store(*args, below, mu_rounding, u[0], False), size)
   mu = jnp.sign(mu) * size
   root = jnp.sqrt(nu) if c.nu_by_root else nu
   scale = scale_of(root, old if c.holds else None)
