@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from conftest import assert_trees_equal, mesh_of, running_kernels, updated
+from conftest import assert_trees_equal, mesh_of, running_kernels, thinned, updated
 import h100
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def test_no_communication(name, kind, how):
   assert not found
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("kind", thinned([AUTO, EXPLICIT], AUTO))
 def test_one_scalar_for_the_finite_check_and_one_for_a_norm(kind):
   """Of a norm, one for each set of axes that a leaf is sharded over, which is Optax's and XLA's."""
   tx = lowmem.dynamic_loss_scale(OPTIMIZERS["adamw"](), init_scale=8.0)

@@ -286,7 +286,9 @@ def wrapped(tx):
   }
 
 
-@pytest.mark.parametrize("wrapper", wrapped(optax.identity()))
+@pytest.mark.parametrize(
+  "wrapper", thinned(wrapped(optax.identity()), "clip", "partition", "if_finite")
+)
 def test_composes(wrapper):
   """step, through the wrapper, is update and apply_updates."""
   tx = wrapped(lowmem.adamw(1e-2))[wrapper]

@@ -131,11 +131,15 @@ def to_code(magnitude, grid: FloatGrid, extra_bits: int, rounding: Rounding, bit
   return jnp.where(magnitude > _U32(F32_INF), _U32(grid.nan_code << extra_bits), code)
 
 
+def _vanishes(x_bits, low):
+  """Where a ``low`` code is zero, and x is not."""
+  return (low == _U32(0)) & ((x_bits << _U32(1)) != _U32(0))
+
+
 def _narrow(x_bits, grid: FloatGrid, low):
   """Adds x's sign to ``low`` codes; a zero is negative only where x is -0.0."""
-  is_minus_zero = (x_bits == _U32(0x80000000)).astype(_U32)
-  sign = jnp.where(low == _U32(0), is_minus_zero, x_bits >> _U32(31))
-  return low | (sign << _U32(grid.width - 1))
+  signed = low | ((x_bits >> _U32(31)) << _U32(grid.width - 1))
+  return jnp.where(_vanishes(x_bits, low), _U32(0), signed)
 
 
 def round_to(x, dtype, rounding: Rounding, bits=None, *, saturate=True):
@@ -206,8 +210,8 @@ def split_values(x, fmt: DeltaFormat, bits):
   else:
     low = code >> _U32(k)
   delta = (code - (low << _U32(k))).astype(_I32)
-  is_negative = (x_bits >> _U32(31)) == _U32(1)
-  delta = jnp.where((low == _U32(0)) & is_negative, -delta, delta)
+  is_negative = x_bits.astype(_I32) < _I32(0)
+  delta = jnp.where(_vanishes(x_bits, low) & is_negative, -delta, delta)
   return low_of(_narrow(x_bits, fmt.grid, low), fmt.dtype), delta
 
 
@@ -267,13 +271,13 @@ def _merge_bfloat16(low, delta, k: int):
   bits = low_bits_of(low) << _U32(16)
   if delta is None or k == 0:
     return float_of(bits)
-  moved = delta.astype(_U32) << _U32(16 - k)
-  from_zero = jnp.where(delta < _I32(0), (_U32(0) - moved) | _U32(0x80000000), moved)
-  takes_sign = ((bits << _U32(1)) == _U32(0)) & (delta != _I32(0))
-  value = jnp.where(takes_sign, from_zero, bits + moved)
-  magnitude = bits & _U32(0x7FFFFFFF)
+  moved = delta << _I32(16 - k)
+  magnitude, size = (bits & _U32(0x7FFFFFFF)).astype(_I32), jnp.abs(moved)
+  from_zero = (size | (moved & _I32(-(1 << 31)))).astype(_U32)
+  # A zero takes the residual's sign, if there is one. Other magnitudes exceed every residual.
+  value = jnp.where(magnitude < size, from_zero, bits + moved.astype(_U32))
   # With 16 bits, infinity may represent a finite value just below it. NaN has no residual.
-  is_special = magnitude > _U32(F32_INF) if k == 16 else magnitude >= _U32(F32_INF)
+  is_special = magnitude > _I32(F32_INF) if k == 16 else magnitude >= _I32(F32_INF)
   return float_of(jnp.where(is_special, bits, value))
 
 

@@ -370,22 +370,24 @@ def encode(x_KxB, scale_K, fmt: StateFormat, bits_KxB, across=None):
   # The ratio lies between c**2 and (c + 1)**2. For an exact square, c may be one too small; it is
   # then always raised.
   ratio = jnp.abs(ratio)
-  c = _nearest(jnp.maximum(jnp.sqrt(ratio) - jnp.float32(0.5), jnp.float32(0)))
-  c = arithmetic.least(c, _U32(_NEAREST + fmt.levels - 1))
+  c = _nearest(jnp.sqrt(ratio), less=0.5)
+  c = arithmetic.least(arithmetic.most(c, _U32(_NEAREST)), _U32(_NEAREST + fmt.levels - 1))
   floor = arithmetic.float_of(c) - jnp.float32(2.0**23)
-  uniform = (bits_KxB >> _U32(16)).astype(_I32).astype(jnp.float32)
-  uniform = uniform * jnp.float32(2.0**-16) + jnp.float32(2.0**-17)
+  # A float from 2**23 on holds an integer in its lower bits.
+  uniform = arithmetic.float_of((bits_KxB >> _U32(16)) | _U32(_NEAREST))
+  uniform = uniform * jnp.float32(2.0**-16) - jnp.float32(2.0**7 - 2.0**-17)
   c = (c + (uniform * (2 * floor + 1) < ratio - floor * floor).astype(_U32)).astype(_I32)
   return jnp.where(x_KxB < 0, -c, c).astype(fmt.dtype)
 
 
-def _nearest(x):
-  """float32 from 0 to 2**23 - 1 -> the nearest integer plus ``_NEAREST``, uint32.
+def _nearest(x, less: float = 0.0):
+  """float32 from 0 to 2**23 - 1 -> the integer nearest to x - less, plus ``_NEAREST``, uint32.
 
   The integer is in the lower bits of 2**23 + x. A conversion would clamp on both
-  sides first, and cost a GPU as much as a square root.
+  sides first, and cost a GPU as much as a square root. Below zero, the result is
+  less than ``_NEAREST``.
   """
-  return arithmetic.bits_of(x + jnp.float32(2.0**23))
+  return arithmetic.bits_of(x + jnp.float32(2.0**23 - less))
 
 
 def decode(codes_KxB, scale_K, fmt: StateFormat, across=None):

@@ -66,11 +66,13 @@ class Hoisted:
     # Traces again with jitted functions inlined, because they may compute scalars and arrays.
     self._args, self._structs = structs, jax.tree.leaves(structs)
     flat = jax.tree.leaves((structs, scalars))
-    closed = jax.make_jaxpr(lambda *args: _inlined(closed.jaxpr, closed.consts, args))(*flat)
+    for rewritten in (_inlined, _with_roots_of_statistics):
+      run = functools.partial(rewritten, closed.jaxpr, closed.consts)
+      closed = jax.make_jaxpr(run)(*flat)
     jaxpr, self._consts = closed.jaxpr, closed.consts
     self._invars, self._outvars = jaxpr.invars[: len(self._structs)], jaxpr.outvars
     self._known = [*jaxpr.constvars, *jaxpr.invars[len(self._structs) :]]
-    self._before, self._eqns = _parted(jaxpr.eqns, self._known)
+    self._before, self._eqns = _parted(_live(jaxpr), self._known)
     known = {*self._known, *(var for eqn in self._before for var in eqn.outvars)}
     # The scalars that the rest reads: variable -> position. Those in `_inverted` are divisors.
     self._used: dict[Var, int] = {}
@@ -173,6 +175,16 @@ class Hoisted:
     return jax.tree.unflatten(jax.tree.structure(self._out), read(env, self._outvars))
 
 
+def _live(jaxpr):
+  """The equations that the results depend on."""
+  read, live = {x for x in jaxpr.outvars if not isinstance(x, Literal)}, []
+  for eqn in reversed(jaxpr.eqns):
+    if not read.isdisjoint(eqn.outvars):
+      live.append(eqn)
+      read.update(x for x in eqn.invars if not isinstance(x, Literal))
+  return live[::-1]
+
+
 def _parted(eqns, known):
   """The equations that compute scalars from known scalars alone, and the others."""
   known, before, after = set(known), [], []
@@ -208,13 +220,13 @@ def _check_elementwise(eqns, shapes):
       )
 
 
-def _inlined(jaxpr, consts, args):
+def _inlined(jaxpr, consts, *args):
   """Evaluates a jaxpr, with its jitted functions inlined."""
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "jit":
       called = eqn.params["jaxpr"]
-      results = _inlined(called.jaxpr, called.consts, read(env, eqn.invars))
+      results = _inlined(called.jaxpr, called.consts, *read(env, eqn.invars))
       env |= dict(zip(eqn.outvars, results, strict=True))
     elif eqn.primitive is jax.lax.integer_pow_p and eqn.params["y"] in (1, 2):
       (x,) = read(env, eqn.invars)  # Optax's g**1; Mosaic GPU has no lowering for it
@@ -222,6 +234,31 @@ def _inlined(jaxpr, consts, args):
     else:
       evaluate(eqn, env)
   return read(env, jaxpr.outvars)
+
+
+def _with_roots_of_statistics(jaxpr, consts, *args):
+  """Evaluates a jaxpr with ``sqrt(x / scalar)`` as ``sqrt(x) / sqrt(scalar)``.
+
+  Adam takes the root of ``nu / (1 - b2**t)``, and the storage that of nu. Now they share it.
+  """
+  env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+  quotients: dict[Var, Any] = {}  # the equations of quotients, through sums with eps_root = 0
+  for eqn in jaxpr.eqns:
+    first, *others = eqn.invars
+    if eqn.primitive is jax.lax.div_p and first.aval.shape and not others[0].aval.shape:
+      quotients[eqn.outvars[0]] = eqn
+    elif eqn.primitive is jax.lax.add_p and _is_in(first, quotients) and _is_zero(others[0]):
+      quotients[eqn.outvars[0]] = quotients[first]
+    if eqn.primitive is jax.lax.sqrt_p and _is_in(first, quotients):
+      x, scalar = read(env, quotients[first].invars)
+      env[eqn.outvars[0]] = jnp.sqrt(x) / jnp.sqrt(scalar)
+    else:
+      evaluate(eqn, env)
+  return read(env, jaxpr.outvars)
+
+
+def _is_zero(x) -> bool:
+  return isinstance(x, Literal) and x.val == 0
 
 
 def read(env, variables) -> list[Any]:
