@@ -396,6 +396,25 @@ def test_hoist(size):
   jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
+def test_hoisted_roots_of_statistics():
+  """The root of a statistic over a scalar is that of the statistic, which its storage needs, too."""
+  struct = jax.ShapeDtypeStruct((4, 32), jnp.float32)
+  x = np.append(np.geomspace(1e-37, 1e34, 126), [0, np.inf]).astype(np.float32).reshape(4, 32)
+  for divisor in (1e-3, 1 - 0.999, 1.0):
+    f = lambda x, divisor=divisor: (x, jnp.sqrt(x / jnp.float32(divisor) + 0.0))
+    scalars, rest = hoist(f, (struct,))
+    # a is the scalar, b the statistic
+    assert "= sqrt b" in str(jax.make_jaxpr(lambda x, rest=rest, s=scalars: rest(s, x))(x))
+    statistic, root = rest(scalars, x)
+    np.testing.assert_array_equal(statistic, x)
+    wanted = np.sqrt(np.asarray(x, np.float64) / divisor)
+    np.testing.assert_allclose(root, wanted, rtol=4 * 2.0**-23)
+  shifted = hoist(lambda x: jnp.sqrt(x / jnp.float32(0.1) + 1e-3), (struct,))
+  np.testing.assert_allclose(shifted[1](shifted[0], x), np.sqrt(x / np.float32(0.1) + 1e-3), 1e-6)
+  with pytest.raises(ValueError, match="must be elementwise; this one uses 'iota'"):
+    hoist(lambda x: x + jax.lax.broadcasted_iota(jnp.float32, x.shape, 1), (struct,))
+
+
 def test_hoisted_functions_that_hold_others_keep_their_shape():
   struct = jax.ShapeDtypeStruct((4, 32), jnp.float32)
   assert hoist(lambda x: jnp.where(x > 0, 2 * x, jnp.zeros_like(x)), (struct,))[1].takes_any_shape

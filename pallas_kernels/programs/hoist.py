@@ -240,17 +240,18 @@ def _with_roots_of_statistics(jaxpr, consts, *args):
   """Evaluates a jaxpr with ``sqrt(x / scalar)`` as ``sqrt(x) / sqrt(scalar)``.
 
   Adam takes the root of ``nu / (1 - b2**t)``, and the storage that of nu. Now they share it.
+  Where both are negative, the root of the quotient would exist; no statistic is.
   """
   env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
   quotients: dict[Var, Any] = {}  # the equations of quotients, through sums with eps_root = 0
   for eqn in jaxpr.eqns:
-    first, *others = eqn.invars
-    if eqn.primitive is jax.lax.div_p and first.aval.shape and not others[0].aval.shape:
+    x, *others = eqn.invars or [None]
+    if eqn.primitive is jax.lax.div_p and x.aval.shape and not others[0].aval.shape:
       quotients[eqn.outvars[0]] = eqn
-    elif eqn.primitive is jax.lax.add_p and _is_in(first, quotients) and _is_zero(others[0]):
-      quotients[eqn.outvars[0]] = quotients[first]
-    if eqn.primitive is jax.lax.sqrt_p and _is_in(first, quotients):
-      x, scalar = read(env, quotients[first].invars)
+    elif eqn.primitive is jax.lax.add_p and _is_in(x, quotients) and _is_zero(others[0]):
+      quotients[eqn.outvars[0]] = quotients[x]
+    if eqn.primitive is jax.lax.sqrt_p and _is_in(x, quotients):
+      x, scalar = read(env, quotients[x].invars)
       env[eqn.outvars[0]] = jnp.sqrt(x) / jnp.sqrt(scalar)
     else:
       evaluate(eqn, env)
