@@ -132,13 +132,16 @@ class _Block:
     elif name == "shfl":
       self.shuffle(more, operands)
     elif name == "setp":
-      a, b = (self.read(x, kind) for x in operands[1:])
+      a, b = (self.read(x, kind) for x in operands[1:3])
       how = more[0] if more[0] in _COMPARISONS else more[0].removesuffix("u")
       found = _COMPARISONS[how](a, b)
       if more[0] not in _COMPARISONS:  # true where they cannot be compared
         found = found | np.isnan(a) | np.isnan(b)
       elif kind == "f32" and how == "ne":
         found = found & ~np.isnan(a) & ~np.isnan(b)
+      for other in operands[3:]:  # setp.eq.and: combined with a predicate
+        assert "!" not in other
+        found = self.combined(more[1], found, self.registers[other])
       self.write(operands[0], found, "pred")
     elif kind == "pred":
       self.write(operands[0], self.logic(name, operands[1:]), "pred")
@@ -163,8 +166,10 @@ class _Block:
 
   def logic(self, name, operands):
     a, *b = (self.registers[x] for x in operands)
-    return ~a if name == "not" else {"and": np.logical_and, "or": np.logical_or,
-                                     "xor": np.logical_xor}[name](a, *b)  # fmt: skip
+    return ~a if name == "not" else self.combined(name, a, *b)
+
+  def combined(self, name, a, b):
+    return {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[name](a, b)
 
   def arithmetic(self, name, more, kind, values):
     a, *others = values
