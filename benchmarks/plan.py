@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import llama
-from benchmarks.step import log, report, verdict
+from benchmarks.step import gpu_compiler, log, report, verdict
 from examples import dcgan, dlrm, lstm, resnet18, shakespeare, t5, training
 import optax_lowmem as lowmem
 from optax_lowmem.planner.estimate import estimate
@@ -214,20 +214,17 @@ def demo():
   return training.make_step(task, tx, args), (*state, kept, windows), (0, 1, 2)
 
 
-def on_an_h100() -> dict:
+def on_an_h100(parser) -> dict:
   """Plans two steps for an H100 that need not be present, and compiles them by hand."""
-  from optax_lowmem.planner import targets
-
-  device = targets.gpus("h100", "1x1x1")[0]
-  here = jax.sharding.SingleDeviceSharding(device)
+  h100 = gpu_compiler(parser)
+  (device,) = h100.sharding().device_set
   rows = []
   for name, make in {"make demo": demo, "Llama 3.1 8B, released": llama_released}.items():
     step, args, donated = make()
     start = time.perf_counter()
     planned = lowmem.plan(step, *args, device="h100", donate_argnums=donated)
     took = time.perf_counter() - start
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), args)
-    done = jax.jit(step, donate_argnums=donated).trace(*structs).lower().compile()
+    done = h100.compiled(step, *h100.on_device(args), donate=donated)
     peak = done.memory_analysis().peak_memory_in_bytes
     rows.append(
       {
@@ -294,7 +291,7 @@ def main():
   if args.one:
     print(json.dumps(one(args.one)))
   elif args.h100:
-    report(on_an_h100, "plan_h100")
+    report(functools.partial(on_an_h100, parser), "plan_h100")
   else:
     report(functools.partial(every, args.names or list(WORKLOADS)), "plan_cpu")
 

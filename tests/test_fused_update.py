@@ -397,7 +397,7 @@ def test_hoist(size):
 
 
 def test_hoisted_roots_of_statistics():
-  """The root of a statistic over a scalar is that of the statistic, which its storage needs, too."""
+  """A rule divides the root of the statistic, which the storage shares, and not the statistic."""
   struct = jax.ShapeDtypeStruct((4, 32), jnp.float32)
   x = np.append(np.geomspace(1e-37, 1e34, 126), [0, np.inf]).astype(np.float32).reshape(4, 32)
   for divisor in (1e-3, 1 - 0.999, 1.0):

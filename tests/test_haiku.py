@@ -1,5 +1,6 @@
 """Haiku's parameters are plain dicts, so its loops work as they are."""
 
+from conftest import updated
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -41,16 +42,11 @@ def trained(tx, x, start, advance):
   return losses, params, opt_state
 
 
-def updates_applied(tx, grads, opt_state, params):
-  updates, opt_state = tx.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state
-
-
-@pytest.mark.parametrize("advance", [lowmem.step, updates_applied])
+@pytest.mark.parametrize("advance", [lowmem.step, updated])
 def test_a_loop_of_haiku(advance):
   """Inputs in bfloat16, as docs/recipes.md says; the averages of the batch norm stay float32."""
   plain = lambda tx, params: (params, tx.init(params))
-  wanted = trained(optax.adamw(3e-3), X, plain, updates_applied)[0]
+  wanted = trained(optax.adamw(3e-3), X, plain, updated)[0]
   tx = lowmem.adamw(3e-3)
   losses, params, opt_state = trained(tx, X.astype(jnp.bfloat16), lowmem.init, advance)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}

@@ -177,11 +177,11 @@ class Hoisted:
 
 def _live(jaxpr):
   """The equations that the results depend on."""
-  read, live = {x for x in jaxpr.outvars if not isinstance(x, Literal)}, []
+  needed, live = {x for x in jaxpr.outvars if not isinstance(x, Literal)}, []
   for eqn in reversed(jaxpr.eqns):
-    if not read.isdisjoint(eqn.outvars):
+    if not needed.isdisjoint(eqn.outvars):
       live.append(eqn)
-      read.update(x for x in eqn.invars if not isinstance(x, Literal))
+      needed.update(x for x in eqn.invars if not isinstance(x, Literal))
   return live[::-1]
 
 
