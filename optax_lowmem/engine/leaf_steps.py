@@ -112,7 +112,7 @@ class LeafSteps:
       return None
     weights = pytrees.named_leaves(params)
     held = _held(optimizer, delta, weights)
-    places = _places(quantized, inner_state, params, held)
+    places = _places(quantized, inner_state, params, held, optimizer.is_layerwise)
     if places is None:
       return None
     return cls(optimizer, state, params, like, parts, weights, held, places)
@@ -130,14 +130,17 @@ class LeafSteps:
     leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
     self.old_rest = jax.tree.unflatten(self._treedef, kept)
-    one = optimizer.make(None if optimizer.mask is None else True)
-    self._one = jax.eval_shape(one.init, jax.ShapeDtypeStruct((), jnp.float32))
+    self._one = self._init_one(())
     fixed = dict(_leaves(self._one))
     self._scalars = [x for path, x in _leaves(self.old_rest) if path in fixed]
     self._step = state.step + 1
     self._of: dict[str, list[_Place]] = {name: [] for name in self.held.by_name}
     statistics: dict[str, list[Any]] = {name: [] for name in self._of}
-    for place, leaf in zip(places, leaves, strict=True):
+    # The statistics of a parameter's shape come first, as quantize_state numbers them.
+    for place, leaf in sorted(
+      zip(places, leaves, strict=True),
+      key=lambda x: bool(x[0].parameter) and not _is_like(weights[x[0].parameter], x[1]),
+    ):
       if place.parameter:
         self._of[place.parameter].append(place)
         statistics[place.parameter].append(leaf)
@@ -147,6 +150,11 @@ class LeafSteps:
       name: Stored(weights[name], residuals.get(name), tuple(values))
       for name, values in statistics.items()
     }
+
+  def _init_one(self, shape: tuple[int, ...]):
+    """The state of one bare array, as structs."""
+    one = self._optimizer.make(None if self._optimizer.mask is None else True)
+    return jax.eval_shape(one.init, jax.ShapeDtypeStruct(shape, jnp.float32))
 
   @functools.cached_property
   def _mask(self) -> tuple[Any, dict[str, bool]]:
@@ -190,6 +198,17 @@ class LeafSteps:
       streams = {name: jnp.concatenate([streams[name], own[name]]) for name in names}
     kinds = {name: self._kind(name, gradients[name], micro_batch is not None) for name in names}
     new = dict(stored)
+    if self._optimizer.is_layerwise:
+      for name in names:
+        (g, factor, *_), (low, residual, statistics) = gradients[name], stored[name]
+        leaf = Leaf(g, low, residual, list(statistics), streams[name])
+        if index is not None:
+          self._check_stack(name, leaf)
+        low, residual, statistics = self._optimizer.step_layer(
+          kinds[name], leaf, self._scalars, factor, taken, index, lands=lands
+        )
+        new[name] = Stored(low, residual, tuple(statistics))
+      return new
     if self._optimizer.matrices is not None and micro_batch is None:
       for name in names:
         leaf = Leaf(gradients[name].value, *stored[name][:2], list(stored[name][2]), streams[name])
@@ -213,6 +232,18 @@ class LeafSteps:
       for name, (low, residual, statistics) in zip(group, results, strict=True):
         new[name] = Stored(low, residual, tuple(statistics))
     return new
+
+  def _check_stack(self, name: str, leaf: Leaf):
+    """Raises if the state of a stack is not the state of each of its layers."""
+    of_layer = dict(_leaves(self._init_one(leaf.gradient.shape)))
+    for place, x in zip(self._of[name], leaf.statistics, strict=True):
+      wanted = (len(leaf.low), *of_layer[place.path].shape)
+      if not isinstance(x, Blocks) and x.shape != wanted:
+        raise ValueError(
+          f"loss_fn scans over the first axis of params{name}, of shape {leaf.low.shape}, but the"
+          f" optimizer's state{pytrees.name_of(place.path)} has the shape {x.shape} for it instead of"
+          f" {wanted}: it is not layerwise on stacks. Give each layer a leaf of its own."
+        )
 
   @functools.cached_property
   def _axes(self) -> dict[str, Axes]:
@@ -262,7 +293,7 @@ class LeafSteps:
     """Steps counters and leaves without a format as Optax does: (updates, state)."""
     inner = self._optimizer.make(self._mask[0])
     args = self._rest(updates), self.old_rest, self._rest(self._params)
-    if self._optimizer.matrices is not None:
+    if self._optimizer.matrices is not None or self._optimizer.is_layerwise:
       return inner.update(*args)
     return portable_update(inner, *args)
 
@@ -319,9 +350,9 @@ def why_composed(state) -> str:
   if wrapper is None:
     return _HALF_STATISTICS
   return (
-    f"The optimizer is declared elementwise, but has a {wrapper} inside. A mask selects whole"
-    " leaves (lowmem.adamw and lion take mask=). Put quantize_state directly inside delta_bits,"
-    " elementwise=True in both, and a loss scale around them."
+    f"The optimizer is declared elementwise or layerwise, but has a {wrapper} inside. A mask"
+    " selects whole leaves (lowmem.adamw and lion take mask=). Put quantize_state directly inside"
+    " delta_bits, with the same declaration in both, and a loss scale around them."
   )
 
 
@@ -377,7 +408,12 @@ def _leaves(tree):
   return jax.tree_util.tree_leaves_with_path(tree)
 
 
-def _places(quantized, inner_state, params, held: Formats) -> list[_Place] | None:
+def _is_like(weight, leaf) -> bool:
+  """Whether a statistic has the parameter's shape."""
+  return _is_blocks(leaf) or jnp.shape(leaf) == jnp.shape(weight)
+
+
+def _places(quantized, inner_state, params, held: Formats, any_shape: bool) -> list[_Place] | None:
   """The places of the leaves in inner's state; None if the composed path must step."""
   weights = dict(_leaves(params))
   places = []
@@ -386,7 +422,9 @@ def _places(quantized, inner_state, params, held: Formats) -> list[_Place] | Non
     weight = None if start is None else weights[path[start:]]
     known = None if quantized is None else quantized.formats.get(pytrees.name_of(path))
     is_statistic = known or (
-      weight is not None and jnp.shape(leaf) == weight.shape and pytrees.is_inexact(leaf)
+      weight is not None
+      and (any_shape or jnp.shape(leaf) == weight.shape)
+      and pytrees.is_inexact(leaf)
     )
     if not is_statistic or not held.get(pytrees.name_of(path[start:])):
       places.append(_Place(path))

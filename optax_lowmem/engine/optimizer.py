@@ -10,10 +10,13 @@ import optax
 
 from optax_lowmem.engine import matrix_steps
 from optax_lowmem.engine.matrix_steps import Matrices
+from pallas_kernels.formats.arithmetic import rounded
 from pallas_kernels.formats.state_formats import StateFormat
 from pallas_kernels.operations.fused_update import check, hoisted_rule, step_leaves
-from pallas_kernels.placement import implementations
+from pallas_kernels.placement import implementations, sharded
+from pallas_kernels.programs import xla
 from pallas_kernels.programs.hoist import Hoisted
+from pallas_kernels.programs.leaf import Leaf
 
 # A statistic's name, its value and a micro-batch's gradient -> its value with that gradient.
 Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -63,7 +66,7 @@ class Kind(NamedTuple):
 
 
 class Optimizer:
-  """An optimizer of Optax that is elementwise, or Muon.
+  """An optimizer of Optax that is elementwise or layerwise, or Muon.
 
   Attributes:
     make: a function from a weight-decay mask (None, a tree of bools, one bool) to
@@ -72,8 +75,9 @@ class Optimizer:
     implementation: as in ``pallas_kernels.fused_update``.
     fold: the function that adds a micro-batch to a statistic, or the reason why
       there is none.
-    is_declared: whether a user declared it elementwise. Then its float32 leaves are
-      stepped leaf by leaf, too, and its statistics have a stream of their own.
+    is_declared: whether a user declared it elementwise or layerwise. Then its float32
+      leaves are stepped leaf by leaf, too, and its statistics have a stream of their own.
+    is_layerwise: whether it needs a whole leaf, or a whole layer of a stack.
     matrices: Muon's step of a matrix; None for an elementwise optimizer.
   """
 
@@ -84,9 +88,10 @@ class Optimizer:
     implementation: implementations.Implementation | None,
     fold: Fold | str,
     is_declared: bool = False,
+    is_layerwise: bool = False,
     matrices: Matrices | None = None,
   ):
-    self.is_declared = is_declared
+    self.is_declared, self.is_layerwise = is_declared, is_layerwise
     self.make = make
     self.mask = mask
     self.implementation = implementation
@@ -97,13 +102,15 @@ class Optimizer:
     if matrices is not None:
       step_matrix = functools.partial(matrix_steps.step_matrices, matrices)
       self.step_matrix = jax.jit(step_matrix, static_argnums=(0, 1, 2), static_argnames="lands")
+    if is_layerwise:
+      self.step_layer = jax.jit(self._step_layer, static_argnums=0, static_argnames="lands")
     self._rules: dict[Any, Hoisted] = {}
 
   @classmethod
-  def declared(cls, inner: optax.GradientTransformation) -> "Optimizer":
-    """Makes one of a transformation that the user declares elementwise."""
+  def declared(cls, inner: optax.GradientTransformation, *, layerwise: bool = False) -> "Optimizer":
+    """Makes one of a transformation that the user declares elementwise or layerwise."""
     fold = "only lowmem.adamw, adam and sgd define how a micro-batch enters the statistics"
-    return cls(lambda mask: inner, None, None, fold, is_declared=True)
+    return cls(lambda mask: inner, None, None, fold, is_declared=True, is_layerwise=layerwise)
 
   def rule(self, kind: RuleKind, shape, scalars, factor) -> tuple[Hoisted, list[jax.Array]]:
     """The rule for leaves of a kind, traced once on arrays of a shape, and its scalars."""
@@ -115,6 +122,22 @@ class Optimizer:
       if not rule.closes_over_tracers:
         self._rules[key] = rule
     return rule, rule.scalars(scalars, factor)
+
+  def _step_layer(self, kind: Kind, leaf: Leaf, scalars, factor, taken, index, lands=False):
+    """Steps a leaf, or the layer of a stack, by XLA; its statistics have any shape."""
+    update = self._traced(kind.rule)
+
+    def run(leaf, scalars, factor, taken, index):
+      def rule(g, w, values):
+        u, values = update(g, w, values, scalars, factor)
+        return rounded(u), values
+
+      formats = kind.weight, kind.formats
+      return xla.step_in_stack(rule, formats, lands, leaf, taken, index, copies=True)
+
+    args = leaf, scalars, factor, taken, index
+    mesh = sharded.mesh_of([leaf.low])
+    return run(*args) if mesh is None else sharded.automatic_in_place(run, mesh, leaf[1:4], *args)
 
   def _traced(self, kind: RuleKind):
     inner, paths = self.make(kind.decays), kind.paths

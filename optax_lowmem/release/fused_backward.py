@@ -31,8 +31,10 @@ _INSTEAD = {
   "scale_by_learning_rate": "pass learning_rate= (a number or a schedule) to the optimizer",
   "scale_by_schedule": "pass learning_rate= (a number or a schedule) to the optimizer",
   "scale": "pass learning_rate= (a number or a schedule) to the optimizer",
-  "delta_bits": "pass weights= to lowmem.adamw, adam, lion or sgd, or declare elementwise=True",
-  "quantize_state": "pass mu= and nu= to lowmem.adamw or adam, or declare elementwise=True",
+  "delta_bits": "pass weights= to lowmem.adamw, adam, lion or sgd, or declare elementwise=True or"
+  " layerwise=True",
+  "quantize_state": "pass mu= and nu= to lowmem.adamw or adam, or declare elementwise=True or"
+  " layerwise=True",
 }
 
 
@@ -65,8 +67,8 @@ def fused_backward(
       :func:`optax_lowmem.lion`, :func:`optax_lowmem.sgd` or
       :func:`optax_lowmem.muon`, optionally inside a loss scale; also
       ``delta_bits(inner, elementwise=True)`` and
-      ``quantize_state(inner, elementwise=True)``. None takes the transformation
-      of an :class:`optax_lowmem.TrainState`.
+      ``quantize_state(inner, elementwise=True)``, or both with ``layerwise=True``.
+      None takes the transformation of an :class:`optax_lowmem.TrainState`.
     has_aux: whether loss_fn returns ``(loss, aux)``.
     clip_norm: the largest global norm of the unscaled gradients, as in
       ``optax.clip_by_global_norm``. Like a loss scale, it costs another backward
@@ -88,8 +90,9 @@ def fused_backward(
 
   Raises:
     ValueError: if a transformation cannot run leaf by leaf (the message names it),
-      if an option has no meaning for the optimizer, or if a layer is called where
-      its gradients cannot be released, or if parameters or state lie in the host's
+      if one declared layerwise looks at a whole stack that ``loss_fn`` scans, if an
+      option has no meaning for the optimizer, if a layer is called where its
+      gradients cannot be released, or if parameters or state lie in the host's
       memory.
     TypeError: if tx is not a transformation, or loss_fn does not return a real
       scalar (with has_aux, a pair).
@@ -181,8 +184,9 @@ def _refuse(update):
   name = names[0] if names else "loss scale" if hasattr(update, "advance") else "chain"
   instead = _INSTEAD.get(
     name,
-    "leave it out, or, if the update of each element depends on that element alone, wrap the whole"
-    " transformation: lowmem.delta_bits(tx, elementwise=True)",
+    "leave it out, or wrap the whole transformation: lowmem.delta_bits(tx, elementwise=True) if the"
+    " update of each element depends on that element alone, layerwise=True if it depends on that leaf"
+    " alone",
   )
   raise ValueError(
     f"fused_backward steps one leaf at a time and does not take {name}: {instead}. It takes"

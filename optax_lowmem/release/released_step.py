@@ -16,7 +16,7 @@ from optax_lowmem.engine import leaf_steps
 from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Stored
 from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.engine.partitioned_steps import Partitioned, PartitionedSteps
-from optax_lowmem.release import layer_calls
+from optax_lowmem.release import layer_calls, layer_checks
 from optax_lowmem.states import DeltaBitsState, QuantizedState
 from optax_lowmem.transforms import loss_scaling
 from optax_lowmem.trees import host_memory, nnx_variables, pytrees
@@ -188,16 +188,20 @@ class Step:
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
       raise TypeError(f"loss_fn must return a real scalar; got {loss}.")
     self._loss_dtype = loss.dtype
-    released = set()
+    released, optimizer = set(), self._chain.optimizer
     for key, group in self._groups.items():
       if uses[key] not in (["call"], ["scan"]):
         continue
       is_stack = uses[key] == ["scan"]
-      released |= {
+      here = {
         name
         for name in group.names
         if self._steps.held.get(name) and self._by_name[name].ndim > is_stack
       }
+      if is_stack and isinstance(optimizer, Optimizer) and optimizer.is_layerwise:
+        stacks = {name: self._by_name[name] for name in sorted(here)}
+        layer_checks.check_stacks(optimizer.make(None), stacks)
+      released |= here
     self._released = released
     kept = {name: x for name, x in self._by_name.items() if name not in released}
     self._collected = {name: x for name, x in kept.items() if pytrees.is_inexact(x)}

@@ -23,6 +23,7 @@ from optax_lowmem.states import (
   was_taken,
 )
 from optax_lowmem.transforms import wrappers
+from optax_lowmem.transforms.quantize_state import is_declared
 from optax_lowmem.trees import nnx_variables, pytrees
 from optax_lowmem.trees.formats import Formats
 from pallas_kernels import DeltaFormat
@@ -43,6 +44,7 @@ def delta_bits(
   key: jax.typing.ArrayLike = 0,
   update_dtype: jax.typing.DTypeLike | Literal["gradient"] = jnp.float32,
   elementwise: bool | Optimizer = False,
+  layerwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Stores float32 master weights as half-precision weights and a few residual bits.
 
@@ -73,15 +75,20 @@ def delta_bits(
       element and on counters, and not on masks. :func:`optax_lowmem.step` then
       runs the programs of :func:`optax_lowmem.adamw`, and
       :func:`optax_lowmem.fused_backward` accepts the transformation.
+    layerwise: declares that the update of a leaf depends only on that leaf and on
+      counters; and that of a stack, over which ``loss_fn`` scans, layer by layer.
+      :func:`optax_lowmem.fused_backward` then accepts the transformation, and
+      :func:`optax_lowmem.step` steps one leaf at a time, by XLA.
 
   Returns:
     A transformation with a :class:`optax_lowmem.DeltaBitsState`.
 
   Raises:
     ValueError: if a format is unknown, if params are missing, if gradients or
-      residuals do not match the parameters, or if a hyperparameter of ``inner``
-      is traced in half precision (pass ``hyperparam_dtype=jnp.float32`` to
-      ``optax.inject_hyperparams``). The message names the leaf.
+      residuals do not match the parameters, if declarations contradict each other,
+      or if a hyperparameter of ``inner`` is traced in half precision (pass
+      ``hyperparam_dtype=jnp.float32`` to ``optax.inject_hyperparams``). The message
+      names the leaf.
     TypeError: if a half-precision leaf does not have its format's dtype. The
       message names the leaf.
 
@@ -107,12 +114,18 @@ def delta_bits(
   optimizer = None
   if isinstance(elementwise, Optimizer):  # one of our own
     optimizer = elementwise
-  elif elementwise:
-    optimizer = getattr(inner.update, "optimizer", None)  # of quantize_state(elementwise=True)
+  elif is_declared(elementwise, layerwise):
+    optimizer = getattr(inner.update, "optimizer", None)  # of quantize_state
     if optimizer is None:
-      optimizer = Optimizer.declared(inner)
-      update = functools.partial(portable_update, inner)
-      inner = optax.GradientTransformationExtraArgs(inner.init, update)
+      optimizer = Optimizer.declared(inner, layerwise=layerwise)
+      if elementwise:
+        update = functools.partial(portable_update, inner)
+        inner = optax.GradientTransformationExtraArgs(inner.init, update)
+    elif optimizer.is_layerwise != layerwise:
+      raise ValueError(
+        "quantize_state and the delta_bits around it must declare the same: elementwise=True or"
+        " layerwise=True in both."
+      )
   _refuse_half_hyperparameters(inner)
   _check_update_dtype(update_dtype)
   if weights is None:

@@ -40,6 +40,7 @@ def quantize_state(
   *,
   key: jax.typing.ArrayLike = 0,
   elementwise: bool = False,
+  layerwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Stores the statistics of any Optax transformation in 16, 8 or 4 bits between steps.
 
@@ -57,13 +58,15 @@ def quantize_state(
     key: an integer seed or a ``jax.random`` key for stochastic rounding.
     elementwise: declares that the update of an element depends only on that
       element and on counters; see :func:`optax_lowmem.delta_bits`.
+    layerwise: declares that the update of a leaf depends only on that leaf and on
+      counters; see :func:`optax_lowmem.delta_bits`.
 
   Returns:
     A transformation with a :class:`optax_lowmem.QuantizedState`.
 
   Raises:
-    ValueError: if a format is unknown, or if inner's state has no statistics in
-      a field that ``formats`` names.
+    ValueError: if a format is unknown, if inner's state has no statistics in a
+      field that ``formats`` names, or if both declarations are made.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -84,7 +87,21 @@ def quantize_state(
     half precision
   """
   by_field = dict(DEFAULT_FORMATS if formats is None else formats)
-  return quantize(inner, by_field, default, key, required=formats or (), elementwise=elementwise)
+  tx = quantize(inner, by_field, default, key, required=formats or (), elementwise=elementwise)
+  if is_declared(elementwise, layerwise):  # gradient release and delta_bits read it
+    inner = optax.with_extra_args_support(inner)
+    tx.update.optimizer = Optimizer.declared(inner, layerwise=layerwise)
+  return tx
+
+
+def is_declared(elementwise: bool, layerwise: bool) -> bool:
+  """Whether a user makes one of the two declarations; raises if both."""
+  if elementwise and layerwise:
+    raise ValueError(
+      "elementwise=True and layerwise=True contradict each other. Declare elementwise=True if each"
+      " element's update depends on that element alone, otherwise layerwise=True."
+    )
+  return elementwise or layerwise
 
 
 def scale_by_adam(
@@ -228,8 +245,6 @@ def quantize(
     stored = _store(after, table, state.key, step, scales)
     return updates, QuantizedState(table, step, state.key, stored)
 
-  if elementwise:  # gradient release and delta_bits read it
-    update_fn.optimizer = Optimizer.declared(inner)  # type: ignore[attr-defined]
   init_fn.starts_at_zero = starts_at_zero  # type: ignore[attr-defined] # then delta_bits merges nothing
   return nnx_variables.transformation(init_fn, update_fn)
 

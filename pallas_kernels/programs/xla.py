@@ -40,12 +40,20 @@ def step(
   )
 
 
-def step_in_stack(rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None):
-  """Steps one leaf; with an index, that array of a stack, in place."""
+def step_in_stack(
+  rule, formats, lands, leaf: Leaf, when, index, window: Window | None = None, *, copies=False
+):
+  """Steps one leaf; with an index, that array of a stack, in place.
+
+  ``copies`` copies the array first. Otherwise XLA copies the stack, if its rule takes
+  several passes, some of which read what others have written.
+  """
   if index is None:
     return step_leaf(rule, formats, lands, leaf, when, window)
   stack = leaf[1:4]
   stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+  if copies:
+    stored = jax.lax.optimization_barrier(stored)
   window = window or Window((0,) * leaf.low.ndim, leaf.low.shape)
   window = Window((index, *window.start[1:]), window.shape)
   low, delta, statistics = stored
