@@ -210,6 +210,11 @@ def mesh() -> dict:
   numbers = {"muon_weight_dimension_numbers": llama_numbers}
   rows = [
     ("lowmem.muon, bf16+8, int8", lowmem.muon(1e-3, **numbers), jnp.float32),
+    (
+      'lowmem.muon, bf16+8, int8, products="replicated"',
+      lowmem.muon(1e-3, products="replicated", **numbers),
+      jnp.float32,
+    ),
     ("optax.contrib.muon, all bfloat16", optax.contrib.muon(1e-3, **numbers), jnp.bfloat16),
   ]
   found = []
@@ -221,7 +226,8 @@ def mesh() -> dict:
       donate_argnums=(1, 2),
       out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
     )
-    done = step.trace(params, params, state).lower().compile()
+    with jax.set_mesh(on):
+      done = step.trace(params, params, state).lower().compile()
     temporaries = done.memory_analysis().temp_size_in_bytes / GIB
     for what, times in sorted(fsdp.communicated(done).items()):
       found.append(

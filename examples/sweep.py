@@ -76,6 +76,11 @@ PLAN = {
     f"{SMALL} --optimizer muon --learning-rate 3e-3",
     "shakespeare",
   ),
+  "muon_lstm": Plan(
+    ("fp32", "master-bf16", "bf16", "bf16+8/int8", "bf16+0/int8"),
+    "--optimizer muon --learning-rate 3e-2",
+    "lstm",
+  ),
   "sgd": Plan(OTHERS, f"{SMALL} --optimizer sgd --learning-rate 0.1", "shakespeare"),
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import chex
 from conftest import thinned, updated
@@ -282,6 +283,7 @@ def test_scanned_vectors_are_refused():
   "make, match",
   [
     (lambda: lowmem.muon(1e-2, mu="int3"), "int3"),
+    (lambda: lowmem.muon(1e-2, products="gathered"), "products.*gathered"),
     (lambda: lowmem.muon(1e-2, mu="int8", mu_dtype=jnp.bfloat16), "mu_dtype"),
     (lambda: lowmem.muon(1e-2, adam_mu="int8", mu_dtype=jnp.bfloat16), "adam_mu"),
     (lambda: lowmem.muon(1e-2, ns_coeffs="unknown"), "unknown"),
@@ -443,6 +445,39 @@ def test_on_a_mesh(case):
     assert low[name].sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), low[name].ndim)
     for masters in (got, landed):
       np.testing.assert_allclose(masters[name], want[name], rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("case", thinned(ON_MESHES[:-1], ON_MESHES[0], ON_MESHES[3]), ids=str)
+def test_replicated_products(case):
+  """The bits of one device; nothing is communicated but what gathers a matrix."""
+  how, kind = case
+  tx = lowmem.muon(1e-2, products="replicated")
+  step = jax.jit(functools.partial(lowmem.step, tx))
+  grads = normal(MESH, 1, 1.0, jnp.bfloat16)
+  params, state = lowmem.init(tx, normal(MESH))
+  want = step(grads, state, params)
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,), devices=jax.devices()[:4])
+  put = lambda tree: {
+    name: jax.device_put(x, NamedSharding(mesh, SPECS[how][name])) for name, x in tree.items()
+  }
+  with jax.set_mesh(mesh):
+    params, state = lowmem.init(tx, put(normal(MESH)))
+    program = step.lower(put(grads), state, params).compile()
+    got = step(put(grads), state, params)
+  chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want))
+  collectives = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-permute)\(", program.as_text())
+  is_cut = how == "tensor"  # its shards cut the blocks of these small matrices
+  assert is_cut or set(collectives) <= {"all-gather"}
+  assert how == "layers" or "all-gather" in collectives
+
+
+def test_replicated_products_need_a_mesh():
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+  params = {"w": jax.device_put(jnp.ones((32, 32)), NamedSharding(mesh, P("x")))}
+  tx = lowmem.muon(1e-2, products="replicated")
+  params, state = lowmem.init(tx, params)
+  with pytest.raises(ValueError, match=r"jax\.set_mesh"):
+    jax.jit(functools.partial(lowmem.step, tx))(params, state, params)
 
 
 def test_which_leaf_goes_where():

@@ -241,8 +241,8 @@ class LeafSteps:
       if not isinstance(x, Blocks) and x.shape != wanted:
         raise ValueError(
           f"loss_fn scans over the first axis of params{name}, of shape {leaf.low.shape}, but the"
-          f" optimizer's state{pytrees.name_of(place.path)} has the shape {x.shape} for it instead of"
-          f" {wanted}: it is not layerwise on stacks. Give each layer a leaf of its own."
+          f" optimizer's state{pytrees.name_of(place.path)} for it has the shape {x.shape} instead"
+          f" of {wanted}: it is not layerwise on stacks. Give each layer a leaf of its own."
         )
 
   @functools.cached_property

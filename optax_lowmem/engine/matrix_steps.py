@@ -95,6 +95,7 @@ class Matrices:
     newton_schulz: ``optax.contrib.scale_by_muon`` without momentum.
     dtype: the dtype of the matrix products.
     consistent_rms: as in ``optax.contrib.muon``.
+    replicates: whether every device of a mesh multiplies whole matrices.
     tail: the function from a weight-decay mask to weight decay and learning rate.
   """
 
@@ -104,6 +105,7 @@ class Matrices:
   newton_schulz: optax.GradientTransformation
   dtype: Any
   consistent_rms: Any
+  replicates: bool
   tail: Callable[[Any], optax.GradientTransformation]
 
   def momentum(self, g, mu, count):
@@ -132,8 +134,10 @@ class Matrices:
     return sharded.automatic(every, x, x, ns_coeffs)
 
   def _one(self, matrix, ns_coeffs):
+    put = sharded.replicated if self.replicates else lambda x: x
+    matrix = put(matrix)
     state = MuonState(jnp.zeros([], jnp.int32), jnp.zeros_like(matrix), ns_coeffs)
-    return self.newton_schulz.update(matrix, state)[0]
+    return put(self.newton_schulz.update(matrix, state)[0])
 
   def scale(self, shape: tuple[int, ...], axes: Axes):
     """The factor of an orthogonalized matrix, by its shape."""

@@ -185,8 +185,8 @@ def _refuse(update):
   instead = _INSTEAD.get(
     name,
     "leave it out, or wrap the whole transformation: lowmem.delta_bits(tx, elementwise=True) if the"
-    " update of each element depends on that element alone, layerwise=True if it depends on that leaf"
-    " alone",
+    " update of each element depends on that element alone, layerwise=True if it depends on that"
+    " leaf alone",
   )
   raise ValueError(
     f"fused_backward steps one leaf at a time and does not take {name}: {instead}. It takes"

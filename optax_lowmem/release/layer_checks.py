@@ -1,4 +1,4 @@
-"""layer_checks: tests whether an optimizer that is declared layerwise steps stacks layer by layer."""
+"""layer_checks: tests whether an optimizer takes a stack layer by layer, as layerwise=True says."""
 
 from collections.abc import Mapping
 import math

@@ -43,6 +43,7 @@ def muon(
   adam_learning_rate: optax.ScalarOrSchedule | None = None,
   muon_weight_dimension_numbers: Any | None = None,
   consistent_rms: Array | None = None,
+  products: Literal["sharded", "replicated"] = "sharded",
   weights: Weights = "bf16+8",
   mu: Name = DEFAULT,
   adam_mu: Name = DEFAULT,
@@ -90,6 +91,9 @@ def muon(
       steps, or a callable from params to one.
     consistent_rms: scales updates by ``sqrt(max(fan_in, fan_out)) * consistent_rms``
       instead of ``sqrt(max(1, fan_out / fan_in))``.
+    products: on a mesh, ``"sharded"`` divides the matrix products among the devices;
+      ``"replicated"`` gathers each matrix, and every device multiplies all of it:
+      less communication, more arithmetic. It takes the mesh from ``jax.set_mesh``.
     weights: as in :func:`optax_lowmem.adamw`.
     mu: the format of Muon's momentum: ``"fp32"``, ``"bf16"``, ``"fp16"``,
       ``"int8"`` or ``"int4"`` (too coarse: docs/muon.md).
@@ -104,7 +108,8 @@ def muon(
     :func:`optax_lowmem.step`.
 
   Raises:
-    ValueError: if a format, the implementation or a name is unknown, if ``mu_dtype``
+    ValueError: if a format, the implementation or a name is unknown, if ``products``
+      is neither, if ``mu_dtype``
       is given together with ``mu`` or ``adam_mu``, or if the axes of a leaf do not
       form a matrix. The message names the leaf.
 
@@ -132,6 +137,9 @@ def muon(
   coefficients: Any = _preset(ns_coeffs, ns_steps) if isinstance(ns_coeffs, str) else ns_coeffs
   mu_format = first_format(mu, mu_dtype, "mu")
   first_format(adam_mu, mu_dtype, "adam_mu")
+
+  if products not in ("sharded", "replicated"):
+    raise ValueError(f'products must be "sharded" or "replicated"; got {products!r}.')
 
   def axes_of(tree) -> dict[str, Axes]:
     return _axes(muon_weight_dimension_numbers, tree, adaptive)
@@ -165,7 +173,7 @@ def muon(
   is_wide = mu_format in (None, "fp32") or preconditioning == "spectral"
   matrices = Matrices(
     axes_of, beta, nesterov, newton_schulz, jnp.float32 if is_wide else jnp.bfloat16,
-    consistent_rms, lambda mask: optax.chain(*tail(mask)),
+    consistent_rms, products == "replicated", lambda mask: optax.chain(*tail(mask)),
   )  # fmt: skip
   fold = average_fold({"mu": beta}, nesterov)
   optimizer = Optimizer(make, weight_decay_mask, implementation, fold, matrices=matrices)

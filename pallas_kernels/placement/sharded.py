@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.formats.random_bits import Window
 from pallas_kernels.formats.state_formats import BLOCK
+from pallas_kernels.placement.by_device import by_device
 
 
 def explicit(x) -> NamedSharding | None:
@@ -66,6 +67,23 @@ def like(x: jax.Array, parameter: jax.Array) -> jax.Array:
     return x if x.sharding.is_equivalent_to(wanted, x.ndim) else jax.device_put(x, wanted)
   # XLA propagates shardings before it simplifies this to x.
   return jnp.where(parameter == parameter, x, x)
+
+
+def replicated(x: jax.Array) -> jax.Array:
+  """Gathers x onto every device of the mesh in the context."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    programs = dict.fromkeys(("cpus", "gpus", "tpus"), _refuse)
+    return by_device({"any": lambda x: x} | programs, x)
+  is_local = all(kind == AxisType.Manual for kind in mesh.axis_types)
+  return x if is_local else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def _refuse(x):
+  raise ValueError(
+    "Replicated products of matrices on several devices take their mesh from the context: with"
+    " jax.set_mesh(mesh), around the first call of the step."
+  )
 
 
 def automatic(f: Callable, x: jax.Array, *args):
