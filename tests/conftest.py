@@ -1,6 +1,7 @@
 """Shared by all tests: eight CPU devices, float32 bit patterns, trees compared bit for bit."""
 
 import contextlib
+import itertools
 import os
 import zlib
 
@@ -39,6 +40,14 @@ def thinned(names, *kept):
   assert set(kept) <= set(names)
   mark = lambda name: () if name in kept else pytest.mark.thorough
   return [pytest.param(name, marks=mark(name)) for name in names]
+
+
+def paired(*columns):
+  """Parametrizes by all combinations; `make test` runs enough to hold every name once."""
+  columns = [list(column) for column in columns]
+  kept = {tuple(x[i % len(x)] for x in columns) for i in range(max(map(len, columns)))}
+  mark = lambda names: () if names in kept else pytest.mark.thorough
+  return [pytest.param(*names, marks=mark(names)) for names in itertools.product(*columns)]
 
 
 def float32_classes(count: int = 1 << 16, seed: int = 0) -> np.ndarray:

@@ -6,7 +6,7 @@ import re
 import warnings
 
 import chex
-from conftest import assert_trees_equal, bits_of, float32_classes, normal_like, updated
+from conftest import assert_trees_equal, bits_of, float32_classes, normal_like, paired, updated
 import flax.serialization
 import flax.training.train_state
 from hypothesis import given, settings
@@ -70,9 +70,11 @@ def test_landing_anywhere(fmt):
   assert same.all()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("wrap", ["inner", "chain", "partition", "masked", "schedule", "inject"])
-def test_step_is_update_and_apply(fmt, wrap):
+@pytest.mark.parametrize(
+  "wrap, fmt",
+  paired(["inner", "chain", "partition", "masked", "schedule", "inject"], FORMATS),
+)
+def test_step_is_update_and_apply(wrap, fmt):
   """`step` gives the bits of update and apply_updates, wherever our member stands last."""
   tx = {
     "inner": lambda: lowmem.delta_bits(optax.adamw(1e-2), fmt),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+from conftest import paired
 import h100
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -160,8 +161,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["step", "update"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name, how", paired(OPTIMIZERS, ["step", "update"]))
 def test_low_bit_optimizer(name, how):
   """Everything in place; beside it nothing, or copies of the scales."""
   make, resident, *temporary = OPTIMIZERS[name]
@@ -189,8 +189,7 @@ STEP_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", STEP_KERNELS)
-@pytest.mark.parametrize("shape", [(64, 64), (31, 32), (64,)], ids=str)
+@pytest.mark.parametrize("name, shape", paired(STEP_KERNELS, [(64, 64), (31, 32), (64,)]), ids=str)
 def test_step_kernel(name, shape, monkeypatch, capfd):
   """One call without spills, whole tiles or not; 16-byte loads of the weights in whole ones."""
   if shape != (64, 64) and not hasattr(plgpu, "store"):
@@ -325,8 +324,7 @@ RELEASED = {
 }
 
 
-@pytest.mark.parametrize("target", ["h100", "l40s"])
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name, target", paired(RELEASED, ["h100", "l40s"]))
 def test_gradient_release(name, target):
   """The state is in place; besides it there is a layer or two, and no gradient of all of them."""
   options, make = RELEASED[name]

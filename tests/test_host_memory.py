@@ -2,7 +2,7 @@
 
 import functools
 
-from conftest import assert_trees_equal, updated
+from conftest import assert_trees_equal, paired, updated
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +30,7 @@ def kinds(tree):
   return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
 
 
-@pytest.mark.parametrize("jits", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("name", TXS)
+@pytest.mark.parametrize("name, jits", paired(TXS, [True, False]))
 def test_step(name, jits):
   tx = TXS[name]
   params, state = lowmem.init(tx, PARAMS)

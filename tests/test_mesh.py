@@ -6,7 +6,7 @@ import os
 import re
 import sys
 
-from conftest import assert_trees_equal, mesh_of, running_kernels, thinned, updated
+from conftest import assert_trees_equal, mesh_of, paired, running_kernels, thinned, updated
 import h100
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ OPTIMIZERS = {
     ("adamw", (4, 2), AUTO, lowmem.step),
     ("adamw", (4, 2), EXPLICIT, lowmem.step),
     pytest.param("adamw", (2, 2), EXPLICIT, updated, marks=THOROUGH),
-    ("adamw packed", (2, 1), AUTO, lowmem.step),
+    pytest.param("adamw packed", (2, 1), AUTO, lowmem.step, marks=THOROUGH),
     ("adamw int4", (4, 2), AUTO, updated),
     pytest.param("adamw int4", (4, 2), EXPLICIT, lowmem.step, marks=THOROUGH),
     pytest.param("adamw int4", (2, 2), EXPLICIT, updated, marks=THOROUGH),
@@ -124,11 +124,14 @@ def test_the_same_bits(name, shape, kind, how):
   assert_trees_equal(result, on_one_device(name, "all", how))
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 @pytest.mark.parametrize(
-  ("name", "how"), [("adamw", lowmem.step), ("adamw", updated), ("adamw packed", lowmem.step)]
+  "case, kind",
+  paired(
+    [("adamw", lowmem.step), ("adamw", updated), ("adamw packed", lowmem.step)], [AUTO, EXPLICIT]
+  ),
 )
-def test_no_communication(name, kind, how):
+def test_no_communication(case, kind):
+  name, how = case
   _, found = trained(OPTIMIZERS[name](), EVEN, mesh_of(4, 2, kind), how, steps=1)
   assert not found
 
@@ -188,7 +191,9 @@ def calls_on_shards(monkeypatch):
   return calls
 
 
-@pytest.mark.parametrize(("name", "shape"), [("adamw", (4, 2)), ("sgd stochastic", (1, 2))])
+@pytest.mark.parametrize(
+  ("name", "shape"), [("adamw", (4, 2)), pytest.param("sgd stochastic", (1, 2), marks=THOROUGH)]
+)
 def test_shards_of_a_partitioned_program(name, shape, calls_on_shards):
   """Only leaves whose blocks are cut are moved."""
   result, found = trained(OPTIMIZERS[name](), BLOCKS, mesh_of(*shape))

@@ -3,7 +3,7 @@
 import functools
 import itertools
 
-from conftest import assert_trees_equal
+from conftest import assert_trees_equal, paired, thinned
 import jax
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -56,16 +56,18 @@ def test_shapes(shape):
   assert_trees_equal(step(leaf, "mosaic_tpu"), step(leaf, "xla"))
 
 
-@pytest.mark.parametrize("fmt", ["bf16+8", "bf16+16", "bf16+0", "fp16+8", "fp16+0"])
-@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize(
+  "fmt, name", paired(["bf16+8", "bf16+16", "bf16+0", "fp16+8", "fp16+0"], STATISTICS)
+)
 def test_formats(fmt, name):
   leaf = make_leaf((32, 256), fmt, STATISTICS[name])
   results = (step(leaf, how, fmt, STATISTICS[name]) for how in ("mosaic_tpu", "xla"))
   assert_trees_equal(*results)
 
 
-@pytest.mark.parametrize("shape", [(33, 512), (2, 3, 5, 256), (8, 4352)], ids=str)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+  "shape, name", paired([(33, 512), (2, 3, 5, 256), (8, 4352)], PACKED), ids=str
+)
 def test_packed_codes(shape, name):
   """A register of bytes is two of codes; one tile and several."""
   fmt, formats = "bf16+0", PACKED[name]
@@ -129,7 +131,10 @@ def test_not_finite_stays_in_its_block(rule, value):
   assert bad[5, 2] and bad.sum() == 1
 
 
-@pytest.mark.parametrize("spec", [*itertools.product((None, "x"), (None, "y"), (False, True))])
+SPECS = [*itertools.product((None, "x"), (None, "y"), (False, True))]
+
+
+@pytest.mark.parametrize("spec", thinned(SPECS, SPECS[3], SPECS[4], SPECS[7]))
 def test_shards(spec):
   """On a mesh with Explicit axes: the bits of the whole array."""
   *spec, is_stacked = spec

@@ -66,7 +66,7 @@ def trained(tx, params, steps=3, by="step", dtype=jnp.float32, scale=1.0):
   [
     {},
     {"nesterov": False, "weight_decay": 0.1, "consistent_rms": 0.2},
-    {"preconditioning": "aol", "ns_steps": 4},
+    pytest.param({"preconditioning": "aol", "ns_steps": 4}, marks=pytest.mark.thorough),
     {"preconditioning": "schatten", "ns_coeffs": "dion", "adam_learning_rate": 1e-3},
     {"preconditioning": "spectral", "learning_rate": optax.linear_schedule(1e-2, 1e-3, 3)},
   ],
@@ -136,7 +136,12 @@ def test_resident_bytes(weights, at_rest):
 
 @pytest.mark.parametrize(
   "weights, mu",
-  [("bf16+8", "int8"), ("bf16+0", "bf16"), ("fp16+13", "int8"), ("bf16+5", "fp32")],
+  [
+    ("bf16+8", "int8"),
+    pytest.param("bf16+0", "bf16", marks=pytest.mark.thorough),
+    pytest.param("fp16+13", "int8", marks=pytest.mark.thorough),
+    ("bf16+5", "fp32"),
+  ],
 )
 def test_update_lands(weights, mu):
   """Law 8: the updates reach the weights that the residuals belong to; the step's weights."""
@@ -419,7 +424,7 @@ SPECS = {
 ON_MESHES = list(itertools.product(SPECS, [AxisType.Auto, AxisType.Explicit]))
 
 
-@pytest.mark.parametrize("case", thinned(ON_MESHES, *ON_MESHES[::3], ON_MESHES[5]), ids=str)
+@pytest.mark.parametrize("case", thinned(ON_MESHES, *ON_MESHES[::3]), ids=str)
 def test_on_a_mesh(case):
   """Weights near those of one device, and updates that land (law 8)."""
   specs, kind = SPECS[case[0]], case[1]
@@ -465,7 +470,9 @@ def test_replicated_products(case):
     program = step.lower(put(grads), state, params).compile()
     got = step(put(grads), state, params)
   chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want))
-  collectives = re.findall(r"= \S+ (all-\w+|reduce-scatter|collective-permute)\(", program.as_text())
+  collectives = re.findall(
+    r"= \S+ (all-\w+|reduce-scatter|collective-permute)\(", program.as_text()
+  )
   is_cut = how == "tensor"  # its shards cut the blocks of these small matrices
   assert is_cut or set(collectives) <= {"all-gather"}
   assert how == "layers" or "all-gather" in collectives
