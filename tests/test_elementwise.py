@@ -52,7 +52,7 @@ INNERS = {
   "adamax": optax.adamax,
 }
 # A field of each that there is a format for.
-FIELDS = {"rmsprop": {"nu": "int8"}, "adan": {"m": "int8"}}
+FIELDS = {"rmsprop": {"nu": "int8"}, "adan": {"m": "int8", "n": "int8"}}
 
 
 def make(name, **kwargs):

@@ -22,7 +22,7 @@ from pallas_kernels.placement import sharded
 from pallas_kernels.placement.by_device import by_device
 
 # Fields of Optax's states that average squares. They are stored as second moments.
-SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x"})
+SQUARES = frozenset({"nu", "nu_max", "sum_of_squares", "e_g", "e_x", "n"})
 DEFAULT_FORMATS = {"mu": "int8", "nu": "int8"}
 
 
