@@ -160,6 +160,20 @@ def test_whole_stacks_are_refused():
   assert np.isfinite(traced(0.1))
 
 
+@pytest.mark.parametrize("how", ["step", "update", "released"])
+def test_what_looks_at_other_leaves_is_refused(how):
+  clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2))
+  tx = lowmem.delta_bits(lowmem.quantize_state(clipped, layerwise=True), layerwise=True)
+  params, state = lowmem.init(tx, model())
+  with pytest.raises(ValueError, match="one leaf depends on other leaves"):
+    if how == "released":
+      lowmem.fused_backward(released_loss, tx)(params, state, *batch())
+    elif how == "step":
+      jax.jit(functools.partial(lowmem.step, tx))(params, state, params)
+    else:
+      tx.update(params, state, params)
+
+
 def test_bad_declarations():
   with pytest.raises(ValueError, match="contradict"):
     lowmem.delta_bits(optax.lamb(1e-2), elementwise=True, layerwise=True)

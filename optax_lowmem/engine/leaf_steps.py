@@ -110,6 +110,7 @@ class LeafSteps:
     delta, quantized, inner_state = parts = _parts(state)
     if optimizer.is_declared and _wrapper_in(inner_state) is not None:
       return None
+    optimizer.check_declaration()
     weights = pytrees.named_leaves(params)
     held = _held(optimizer, delta, weights)
     places = _places(quantized, inner_state, params, held, optimizer.is_layerwise)
@@ -130,7 +131,8 @@ class LeafSteps:
     leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
     self.old_rest = jax.tree.unflatten(self._treedef, kept)
-    self._one = self._init_one(())
+    shape = () if not optimizer.is_layerwise else jnp.shape(next(iter(weights.values()), 0.0))
+    self._one = self._init_one(shape)
     fixed = dict(_leaves(self._one))
     self._scalars = [x for path, x in _leaves(self.old_rest) if path in fixed]
     self._step = state.step + 1

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_lowmem.engine import matrix_steps
+from optax_lowmem.engine import layer_checks, matrix_steps
 from optax_lowmem.engine.matrix_steps import Matrices
 from pallas_kernels.formats.arithmetic import rounded
 from pallas_kernels.formats.state_formats import StateFormat
@@ -105,12 +105,19 @@ class Optimizer:
     if is_layerwise:
       self.step_layer = jax.jit(self._step_layer, static_argnums=0, static_argnames="lands")
     self._rules: dict[Any, Hoisted] = {}
+    self._is_checked = False
 
   @classmethod
   def declared(cls, inner: optax.GradientTransformation, *, layerwise: bool = False) -> "Optimizer":
     """Makes one of a transformation that the user declares elementwise or layerwise."""
     fold = "only lowmem.adamw, adam and sgd define how a micro-batch enters the statistics"
     return cls(lambda mask: inner, None, None, fold, is_declared=True, is_layerwise=layerwise)
+
+  def check_declaration(self):
+    """Raises if a declared layerwise optimizer turns out not to be; tests it once."""
+    if self.is_layerwise and not self._is_checked:
+      layer_checks.check_leaves(self.make(None))
+      self._is_checked = True
 
   def rule(self, kind: RuleKind, shape, scalars, factor) -> tuple[Hoisted, list[jax.Array]]:
     """The rule for leaves of a kind, traced once on arrays of a shape, and its scalars."""

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_lowmem.engine import leaf_steps
+from optax_lowmem.engine import layer_checks, leaf_steps
 from optax_lowmem.engine.leaf_steps import Gradient, LeafSteps, Stored
 from optax_lowmem.engine.optimizer import Optimizer
 from optax_lowmem.engine.partitioned_steps import Partitioned, PartitionedSteps
-from optax_lowmem.release import layer_calls, layer_checks
+from optax_lowmem.release import layer_calls
 from optax_lowmem.states import DeltaBitsState, QuantizedState
 from optax_lowmem.transforms import loss_scaling
 from optax_lowmem.trees import host_memory, nnx_variables, pytrees
