@@ -285,11 +285,11 @@ STACKS = [
 
 
 @pytest.mark.parametrize(
-  "stack, implementation", paired(STACKS, [None, "mosaic_gpu", "plain"]), ids=str
+  "stack, implementation", paired(STACKS, ["mosaic_gpu", None, "plain"]), ids=str
 )
 def test_stacks(stack, implementation, monkeypatch):
-  shape, fmt = stack
   """One array of a stack after the other is the stack at once, bit for bit."""
+  shape, fmt = stack
   monkeypatch.setattr(cpu, "CHUNK", 5)
   if fmt == "bf16+3" and implementation == "mosaic_gpu":
     pytest.skip("needs packing")

@@ -161,7 +161,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, how", paired(OPTIMIZERS, ["step", "update"]))
+@pytest.mark.parametrize("name, how", paired(OPTIMIZERS, ["update", "step"]))
 def test_low_bit_optimizer(name, how):
   """Everything in place; beside it nothing, or copies of the scales."""
   make, resident, *temporary = OPTIMIZERS[name]

@@ -3,8 +3,10 @@
 import functools
 
 import chex
+from conftest import paired
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
@@ -78,7 +80,11 @@ def trained(tx, scans, steps=2):
     (lambda: declared(muon(), mu="int8"), True),
     (lambda: declared(optax.lamb(1e-2), mu="int8", nu="int4"), False),
     (lambda: lowmem.dynamic_loss_scale(declared(optax.adafactor(1e-2, 16))), False),
-    (lambda: lowmem.delta_bits(optax.novograd(1e-2), "bf16+0", key=5, layerwise=True), False),
+    pytest.param(
+      lambda: lowmem.delta_bits(optax.novograd(1e-2), "bf16+0", key=5, layerwise=True),
+      False,
+      marks=pytest.mark.thorough,
+    ),
     (lambda: lowmem.quantize_state(optax.lamb(1e-2), layerwise=True), False),
   ],
   ids=["muon", "lamb", "adafactor", "novograd", "statistics alone"],
@@ -150,6 +156,11 @@ def test_whole_stacks_are_refused():
   factored = optax.chain(optax.scale_by_factored_rms(True, 0.8, 0, 16), optax.scale(-1e-2))
   with pytest.raises(ValueError, match=r"\['blocks'\]\['down'\].*\.v .*\(1,\).*leaf of its own"):
     step(factored)  # Optax keeps one placeholder, whatever the length of the stack
+  by_rank = lambda updates, params: jax.tree.map(
+    lambda u, p: u + p if p.ndim > 2 else u, updates, params
+  )
+  with pytest.raises(ValueError, match=r"\['blocks'\].*layer alone.*leaf of its own"):
+    step(optax.chain(optax.stateless(by_rank), optax.sgd(1e-2)))
   with pytest.raises(ValueError, match="MaskedState"):
     step(optax.lars(1e-2))
 
@@ -160,13 +171,33 @@ def test_whole_stacks_are_refused():
   assert np.isfinite(traced(0.1))
 
 
-@pytest.mark.parametrize("how", ["step", "update", "released"])
-def test_what_looks_at_other_leaves_is_refused(how):
-  clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.lamb(1e-2))
-  tx = lowmem.delta_bits(lowmem.quantize_state(clipped, layerwise=True), layerwise=True)
+def counting_norms():
+  """Only the state of the first step depends on all leaves."""
+
+  def update(updates, state, params=None):
+    norm = 0.9 * state + 0.1 * optax.tree.norm(updates)
+    return jax.tree.map(lambda u: u / state, updates), norm
+
+  return optax.GradientTransformation(lambda params: jnp.float32(1.0), update)
+
+
+@pytest.mark.parametrize(
+  "how, member",
+  paired(
+    ["step", "update", "released", "traced"], [counting_norms(), optax.clip_by_global_norm(1.0)]
+  ),
+)
+def test_what_looks_at_other_leaves_is_refused(how, member):
+  def make(lr):
+    inner = lowmem.quantize_state(optax.chain(member, optax.lamb(lr)), layerwise=True)
+    return lowmem.delta_bits(inner, layerwise=True)
+
+  tx = make(1e-2)
   params, state = lowmem.init(tx, model())
-  with pytest.raises(ValueError, match="one leaf depends on other leaves"):
-    if how == "released":
+  with pytest.raises(ValueError, match=r"\['blocks'\]\['down'\].*depends on other leaves"):
+    if how == "traced":
+      jax.jit(lambda lr: lowmem.step(make(lr), params, state, params))(0.1)
+    elif how == "released":
       lowmem.fused_backward(released_loss, tx)(params, state, *batch())
     elif how == "step":
       jax.jit(functools.partial(lowmem.step, tx))(params, state, params)
@@ -182,6 +213,8 @@ def test_bad_declarations():
   inner = lowmem.quantize_state(optax.adam(1e-2), elementwise=True)
   with pytest.raises(ValueError, match="the same"):
     lowmem.delta_bits(inner, layerwise=True)
+  with pytest.raises(ValueError, match="optimizer of this library"):
+    lowmem.delta_bits(lowmem.muon(1e-2), layerwise=True)
   with pytest.raises(ValueError, match="accumulate"):
     lowmem.fused_backward(released_loss, declared(optax.lamb(1e-2)), accumulate=2)
 
@@ -199,19 +232,30 @@ def test_loss_scale_skips():
   assert skipped.skipped == 1
 
 
-@pytest.mark.parametrize("kind", jax.sharding.AxisType.__members__.values(), ids=str)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_on_a_mesh(kind):
-  if kind == jax.sharding.AxisType.Manual:
-    return
-  mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+  """The trust ratio is the whole leaf's; the rows of the shards have different norms."""
+  mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,), devices=jax.devices()[:4])
   place = lambda x: jax.device_put(
     x, jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 2), "x", None))
   )
+  start = jax.tree.map(lambda x: x * jnp.arange(1, x.shape[-2] + 1)[:, None], model())
   tx = declared(optax.lamb(1e-2), mu="int8")
   masters = []
-  for params in (model(), jax.tree.map(place, model())):
+  for params in (start, jax.tree.map(place, start)):
     grads = jax.tree.map(lambda x: jnp.cos(100 * x).astype(jnp.bfloat16), params)
     params, state = lowmem.init(tx, params)
     params, state = jax.jit(functools.partial(lowmem.step, tx))(grads, state, params)
     masters.append(jax.device_get(lowmem.master_params(params, state)))
-  chex.assert_trees_all_close(*masters, rtol=0, atol=1e-4)
+  chex.assert_trees_all_close(*masters, rtol=2e-3, atol=2e-3)
+
+
+def test_a_transfer_guard():
+  """The check of stacks runs outside the trace, the mesh and the guard of the caller."""
+  tx = declared(muon())
+  params, state = lowmem.init(tx, model())
+  x_and_y = batch()
+  step = jax.jit(lowmem.fused_backward(released_loss, tx))
+  with jax.transfer_guard("disallow"):
+    loss, *_ = step(params, state, *x_and_y)
+  assert np.isfinite(loss)

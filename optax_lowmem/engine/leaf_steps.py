@@ -110,16 +110,18 @@ class LeafSteps:
     delta, quantized, inner_state = parts = _parts(state)
     if optimizer.is_declared and _wrapper_in(inner_state) is not None:
       return None
-    optimizer.check_declaration()
+    optimizer.check_declaration(params)
     weights = pytrees.named_leaves(params)
     held = _held(optimizer, delta, weights)
-    places = _places(quantized, inner_state, params, held, optimizer.is_layerwise)
+    one = _init_one(optimizer, weights)
+    own = {path for path, _ in _leaves(one)} if optimizer.is_layerwise else set()
+    places = _places(quantized, inner_state, params, held, own)
     if places is None:
       return None
-    return cls(optimizer, state, params, like, parts, weights, held, places)
+    return cls(optimizer, state, params, like, parts, weights, held, places, one)
 
   def __init__(
-    self, optimizer: Optimizer, state, params, like, parts, weights, held: Formats, places
+    self, optimizer: Optimizer, state, params, like, parts, weights, held: Formats, places, one
   ):
     """Called by ``of``, with what it has read of the state and the parameters."""
     self._optimizer, self._state, self._params, self._like = optimizer, state, params, like
@@ -131,8 +133,7 @@ class LeafSteps:
     leaves, self._treedef = jax.tree.flatten(inner_state, is_leaf=_is_blocks)
     kept = [optax.MaskedNode() if p.parameter else x for p, x in zip(places, leaves, strict=True)]
     self.old_rest = jax.tree.unflatten(self._treedef, kept)
-    shape = () if not optimizer.is_layerwise else jnp.shape(next(iter(weights.values()), 0.0))
-    self._one = self._init_one(shape)
+    self._one = one
     fixed = dict(_leaves(self._one))
     self._scalars = [x for path, x in _leaves(self.old_rest) if path in fixed]
     self._step = state.step + 1
@@ -152,11 +153,6 @@ class LeafSteps:
       name: Stored(weights[name], residuals.get(name), tuple(values))
       for name, values in statistics.items()
     }
-
-  def _init_one(self, shape: tuple[int, ...]):
-    """The state of one bare array, as structs."""
-    one = self._optimizer.make(None if self._optimizer.mask is None else True)
-    return jax.eval_shape(one.init, jax.ShapeDtypeStruct(shape, jnp.float32))
 
   @functools.cached_property
   def _mask(self) -> tuple[Any, dict[str, bool]]:
@@ -237,7 +233,7 @@ class LeafSteps:
 
   def _check_stack(self, name: str, leaf: Leaf):
     """Raises if the state of a stack is not the state of each of its layers."""
-    of_layer = dict(_leaves(self._init_one(leaf.gradient.shape)))
+    of_layer = dict(_leaves(_init_one(self._optimizer, {name: leaf.gradient})))
     for place, x in zip(self._of[name], leaf.statistics, strict=True):
       wanted = (len(leaf.low), *of_layer[place.path].shape)
       if not isinstance(x, Blocks) and x.shape != wanted:
@@ -295,7 +291,9 @@ class LeafSteps:
     """Steps counters and leaves without a format as Optax does: (updates, state)."""
     inner = self._optimizer.make(self._mask[0])
     args = self._rest(updates), self.old_rest, self._rest(self._params)
-    if self._optimizer.matrices is not None or self._optimizer.is_layerwise:
+    if self._optimizer.is_layerwise:
+      return _update_of_counters(inner, *args)
+    if self._optimizer.matrices is not None:
       return inner.update(*args)
     return portable_update(inner, *args)
 
@@ -410,13 +408,34 @@ def _leaves(tree):
   return jax.tree_util.tree_leaves_with_path(tree)
 
 
+def _update_of_counters(inner, *args):
+  """``inner.update`` of a tree without the leaves that are stepped one by one."""
+  try:
+    return inner.update(*args)
+  except Exception as error:
+    raise ValueError(
+      "The optimizer is declared layerwise, but cannot update its counters without its leaves."
+      " Leave the declaration out."
+    ) from error
+
+
+def _init_one(optimizer: Optimizer, weights):
+  """The state of one bare array, as structs."""
+  one = optimizer.make(None if optimizer.mask is None else True)
+  shape = jnp.shape(next(iter(weights.values()), 0.0)) if optimizer.is_layerwise else ()
+  return jax.eval_shape(one.init, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 def _is_like(weight, leaf) -> bool:
   """Whether a statistic has the parameter's shape."""
   return _is_blocks(leaf) or jnp.shape(leaf) == jnp.shape(weight)
 
 
-def _places(quantized, inner_state, params, held: Formats, any_shape: bool) -> list[_Place] | None:
-  """The places of the leaves in inner's state; None if the composed path must step."""
+def _places(quantized, inner_state, params, held: Formats, own: set) -> list[_Place] | None:
+  """The places of the leaves in inner's state; None if the composed path must step.
+
+  ``own`` has the paths in the state of one bare array, if statistics may have any shape.
+  """
   weights = dict(_leaves(params))
   places = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=_is_blocks):
@@ -425,7 +444,7 @@ def _places(quantized, inner_state, params, held: Formats, any_shape: bool) -> l
     known = None if quantized is None else quantized.formats.get(pytrees.name_of(path))
     is_statistic = known or (
       weight is not None
-      and (any_shape or jnp.shape(leaf) == weight.shape)
+      and (path[:start] in own or jnp.shape(leaf) == weight.shape)
       and pytrees.is_inexact(leaf)
     )
     if not is_statistic or not held.get(pytrees.name_of(path[start:])):

@@ -23,7 +23,7 @@ Fold = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 OTHER_STATE = (
   "The state is not this optimizer's, or it holds more than counters and arrays of the"
-  " parameters' shapes."
+  " parameters' shapes (with layerwise=True, arrays of any shape, one for each parameter)."
 )
 
 
@@ -113,10 +113,10 @@ class Optimizer:
     fold = "only lowmem.adamw, adam and sgd define how a micro-batch enters the statistics"
     return cls(lambda mask: inner, None, None, fold, is_declared=True, is_layerwise=layerwise)
 
-  def check_declaration(self):
+  def check_declaration(self, params):
     """Raises if a declared layerwise optimizer turns out not to be; tests it once."""
     if self.is_layerwise and not self._is_checked:
-      layer_checks.check_leaves(self.make(None))
+      layer_checks.check_leaves(self.make(None), params)
       self._is_checked = True
 
   def rule(self, kind: RuleKind, shape, scalars, factor) -> tuple[Hoisted, list[jax.Array]]:

@@ -121,10 +121,11 @@ def delta_bits(
       if elementwise:
         update = functools.partial(portable_update, inner)
         inner = optax.GradientTransformationExtraArgs(inner.init, update)
-    elif optimizer.is_layerwise != layerwise:
+    elif not isinstance(optimizer, Optimizer) or optimizer.is_layerwise != layerwise:
       raise ValueError(
-        "quantize_state and the delta_bits around it must declare the same: elementwise=True or"
-        " layerwise=True in both."
+        "delta_bits declares its inner transformation elementwise or layerwise, but that is an"
+        " optimizer of this library, or a quantize_state with another declaration. quantize_state"
+        " and the delta_bits around it must declare the same."
       )
   _refuse_half_hyperparameters(inner)
   _check_update_dtype(update_dtype)

@@ -93,7 +93,8 @@ def muon(
       instead of ``sqrt(max(1, fan_out / fan_in))``.
     products: on a mesh, ``"sharded"`` divides the matrix products among the devices;
       ``"replicated"`` gathers each matrix, and every device multiplies all of it:
-      less communication, more arithmetic. It takes the mesh from ``jax.set_mesh``.
+      less communication, more arithmetic. It takes the mesh from ``jax.set_mesh``,
+      and has no effect where Optax's own products run (docs/muon.md, Limits).
     weights: as in :func:`optax_lowmem.adamw`.
     mu: the format of Muon's momentum: ``"fp32"``, ``"bf16"``, ``"fp16"``,
       ``"int8"`` or ``"int4"`` (too coarse: docs/muon.md).
