@@ -341,7 +341,7 @@ def test_formats():
   lines = {line.split("  ")[0]: line for line in str(table).splitlines()}
   assert "the base" in lines["fp32/fp32"] and "0.00 MiB" in lines["fp32/fp32"]
   assert 'weights="bf16+8", mu="int8", nu="int8"' in lines["bf16+8/int8"]
-  assert "12 examples: lstm +0.4%" in lines["bf16+8/int8"]
+  assert "13 examples: lstm +0.4%" in lines["bf16+8/int8"]
   assert "not in the sweep" in lines["bf16+1/fp32"]
   assert "fused_backward" in lines["bf16+8/int8, released"]
 
