@@ -76,7 +76,8 @@ def delta_bits(
       runs the programs of :func:`optax_lowmem.adamw`, and
       :func:`optax_lowmem.fused_backward` accepts the transformation.
     layerwise: declares that the update of a leaf depends only on that leaf and on
-      counters; and that of a stack, over which ``loss_fn`` scans, layer by layer.
+      counters. In a stack over which ``loss_fn`` scans, the update of a layer must be
+      that of the layer alone.
       :func:`optax_lowmem.fused_backward` then accepts the transformation, and
       :func:`optax_lowmem.step` steps one leaf at a time, by XLA.
 

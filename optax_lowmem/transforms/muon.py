@@ -109,10 +109,9 @@ def muon(
     :func:`optax_lowmem.step`.
 
   Raises:
-    ValueError: if a format, the implementation or a name is unknown, if ``products``
-      is neither, if ``mu_dtype``
-      is given together with ``mu`` or ``adam_mu``, or if the axes of a leaf do not
-      form a matrix. The message names the leaf.
+    ValueError: if a format, the implementation, ``products`` or a name is unknown, if
+      ``mu_dtype`` is given together with ``mu`` or ``adam_mu``, or if the axes of a
+      leaf do not form a matrix. The message names the leaf.
 
   Examples:
     >>> import jax.numpy as jnp

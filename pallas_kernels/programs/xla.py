@@ -45,8 +45,8 @@ def step_in_stack(
 ):
   """Steps one leaf; with an index, that array of a stack, in place.
 
-  ``copies`` copies the array first. Otherwise XLA copies the stack, if its rule takes
-  several passes, some of which read what others have written.
+  ``copies`` copies the array first. Otherwise XLA copies the whole stack if the rule takes
+  several passes and one of them reads what another has written.
   """
   if index is None:
     return step_leaf(rule, formats, lands, leaf, when, window)
