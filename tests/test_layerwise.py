@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 import pytest
+from test_muon import batch, released_and_kept
 
 import optax_lowmem as lowmem
 
@@ -50,28 +51,11 @@ def kept_loss(params, x, y):
   return jnp.mean((scanned(params["blocks"], x) @ params["head"] - y).astype(jnp.float32) ** 2)
 
 
-def batch(dtype=jnp.bfloat16):
-  keys = jax.random.split(jax.random.key(1))
-  return jax.random.normal(keys[0], (16, 32), dtype), jax.random.normal(keys[1], (16, 48), dtype)
-
-
-def trained(tx, scans, steps=2):
+def trained(tx, scans):
   """(parameters and state of the released step, of the kept step)."""
-  params, state = lowmem.init(tx, model())
-  loss = functools.partial(released_loss, scans=scans)
-  released = jax.jit(lowmem.fused_backward(loss, tx))
-
-  @jax.jit
-  def kept(params, state, x, y):
-    loss = lambda params: lowmem.scale_loss(kept_loss(params, x, y), state)
-    return lowmem.step(tx, jax.grad(loss)(params), state, params)
-
-  ours = theirs = params, state
-  x_and_y = batch(params["head"].dtype)
-  for _ in range(steps):
-    _, *ours = released(*ours, *x_and_y)
-    theirs = kept(*theirs, *x_and_y)
-  return tuple(ours), theirs
+  start = lowmem.init(tx, model())
+  losses = functools.partial(released_loss, scans=scans), kept_loss
+  return released_and_kept(tx, start, losses, batch(start[0]["head"].dtype), 2)[:2]
 
 
 @pytest.mark.parametrize(

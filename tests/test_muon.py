@@ -212,6 +212,23 @@ def batch(dtype=jnp.bfloat16):
   return jax.random.normal(keys[0], (16, 32), dtype), jax.random.normal(keys[1], (16, 48), dtype)
 
 
+def released_and_kept(tx, start, losses, x_and_y, steps):
+  """(parameters and state by released steps, by kept ones, the last loss)."""
+  released_loss, kept_loss = losses
+  released = jax.jit(lowmem.fused_backward(released_loss, tx))
+
+  @jax.jit
+  def kept(params, state, x, y):
+    loss = lambda params: lowmem.scale_loss(kept_loss(params, x, y), state)
+    return lowmem.step(tx, jax.grad(loss)(params), state, params)
+
+  ours = theirs = start
+  for _ in range(steps):
+    loss, *ours = released(*ours, *x_and_y)
+    theirs = kept(*theirs, *x_and_y)
+  return tuple(ours), theirs, loss
+
+
 @pytest.mark.parametrize("scaled, mu", [(False, "int8"), (True, "fp32")])
 def test_released_is_the_step(scaled, mu):
   """Law 15, with a mask of weight decay."""
@@ -220,19 +237,9 @@ def test_released_is_the_step(scaled, mu):
     1e-2, weight_decay=0.1, weight_decay_mask=mask, muon_weight_dimension_numbers=NUMBERS, mu=mu
   )
   tx = lowmem.dynamic_loss_scale(tx) if scaled else tx
-  params, state = lowmem.init(tx, model())
-  released = jax.jit(lowmem.fused_backward(released_loss, tx))
-
-  @jax.jit
-  def kept(params, state, x, y):
-    loss = lambda params: lowmem.scale_loss(kept_loss(params, x, y), state)
-    return lowmem.step(tx, jax.grad(loss)(params), state, params)
-
-  ours = theirs = params, state
-  for _ in range(3):
-    loss, *ours = released(*ours, *batch())
-    theirs = kept(*theirs, *batch())
-  chex.assert_trees_all_equal(tuple(ours), theirs)
+  losses = released_loss, kept_loss
+  ours, theirs, loss = released_and_kept(tx, lowmem.init(tx, model()), losses, batch(), 3)
+  chex.assert_trees_all_equal(ours, theirs)
   assert jnp.isfinite(loss)
 
 
